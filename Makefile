@@ -1,0 +1,37 @@
+# make bench | test | check | gpu.  ARGS="..." goes to the command; VENV= uses PYTHON as it is, installing nothing.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+.PHONY: bench test check gpu clean
+
+bench: $(READY)
+	$(RUN) -m bench mnist $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# GPU tests and benchmarks with the python at hand: make VENV= PYTHON=python3 gpu
+gpu: $(READY)
+	$(RUN) -m bench gpu $(ARGS)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
