@@ -1,7 +1,14 @@
-"""Batch normalization as a function: torch's signature, our kernels."""
+"""Batch normalization as a function: the signature, semantics and errors of `torch.nn.functional.batch_norm`."""
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from tritonbn import autograd, launch, operators
+from tritonbn.plan import INDEX_LIMIT
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def batch_norm(
@@ -14,7 +21,103 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch normalization with the semantics of `torch.nn.functional.batch_norm`."""
-    return torch.nn.functional.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per channel (Ioffe and Szegedy 2015, algorithm 1).
+
+    Args:
+        input: [N, C, ...] of float32, bfloat16, float16 or float64, two dimensions or more. Contiguous, channels_last
+            and channels_last_3d tensors are read as they are; other strides are copied once.
+        running_mean, running_var: [C], given both or neither; used as mean and var in evaluation, updated in place in
+            training: (1 - momentum) * old + momentum * new, with the unbiased variance of the batch.
+        weight, bias: [C] or None, in the dtype of `input`, or float32 for 16-bit inputs; statistics likewise.
+        training: normalize with the mean and the biased variance of the batch over all dimensions but 1.
+        momentum: weight of the new value in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        A new tensor of the shape, dtype and memory format of `input`. Differentiable in input, weight and bias, twice
+        too; the statistics of the batch are accumulated in float32 (float64 for float64).
+
+    Raises what `torch.nn.functional.batch_norm` raises, in its words, before anything is written.
+
+    CUDA tensors take the Triton kernels (under TRITON_INTERPRET=1, CPU tensors too). All else is torch's own: other
+    devices and dtypes, empty tensors, tensor subclasses, torch.func transforms, forward-mode derivatives, export.
+    """
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps
+        )
+    if not _takes_kernels(input, running_mean, running_var, weight, bias, training, momentum, eps):
+        return torch.nn.functional.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        y, _, _, new_mean, new_var = operators.batch_norm(
+            input, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        if training and running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                running_mean.copy_(new_mean)
+                running_var.copy_(new_var)
+        return y
+    given = autograd.Forward(running_mean, running_var, training, momentum, eps)
+    if torch.is_grad_enabled() and _any_requires_grad(input, weight, bias):
+        return autograd.BatchNorm.apply(input, weight, bias, given)  # type: ignore[no-any-return]
+    return autograd.forward(input, weight, bias, given)[0]
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _takes_kernels(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> bool:
+    """Whether the kernels can do it, and torch would not refuse; what they leave, torch computes or refuses itself."""
+    if not (isinstance(x, Tensor) and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))):
+        return False
+    numel = x.numel()
+    if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided or x.is_neg():
+        return False
+    N, C = x.shape[0], x.shape[1]
+    if numel // N >= INDEX_LIMIT or numel // C >= INDEX_LIMIT * 2 - (1 << 20):
+        return False
+    if type(training) is not bool or type(momentum) not in (float, int) or type(eps) not in (float, int):
+        return False
+    if training:
+        if numel == C or not eps > 0 or (running_mean is None) != (running_var is None):
+            return False
+    elif running_mean is None or running_var is None or not eps >= 0:
+        return False
+    if not _vectors_fit(x, C, running_mean, running_var, weight, bias):
+        return False
+    if torch.is_grad_enabled() and _any_requires_grad(running_mean, running_var):
+        return False
+    return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias)
+    
+
+def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
+    """Whether weights and statistics are [C] on the device of x, all in its dtype or all in float32 for 16-bit x."""
+    given = [v for v in vectors if v is not None]
+    if not given:
+        return True
+    dtype = given[0].dtype
+    if dtype is not x.dtype and not (dtype is torch.float32 and x.itemsize == 2):
+        return False
+    return all(v.dtype is dtype and v.shape == (C,) and v.device == x.device for v in given)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether no subclass, torch.func transform or forward-mode derivative must see each operation."""
+    return (
+        all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
     )

@@ -1,0 +1,132 @@
+"""Mean and variance of each channel: partial results of a program, their merge, and what is stored of them.
+
+Each program shifts its data by the mean k of its first tile and sums d = x - k and d * d, so that nothing cancels
+however large the mean is. A partial is (k, delta, m2): mean = k + delta, m2 the sum of squares about it. The merge
+(Chan, Golub, LeVeque 1983) keeps shift and delta apart and rounds mean = k + delta once, at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import channels, filled, fold, load_tile, spread, tile, tile_count, widen
+
+
+@triton.jit
+def reciprocal_std(var, eps):
+    """(var + eps)^(-1/2), correctly rounded steps; NaN where var + eps < 0, as in torch."""
+    v = (var + eps).to(var.dtype)
+    if v.dtype == tl.float64:
+        return 1.0 / tl.sqrt(v)
+    else:
+        return tl.div_rn(1.0, tl.sqrt_rn(v))
+
+
+@triton.jit
+def program_statistics(x_ptr, t0, t1, R, C, width, T: tl.constexpr):
+    """(k, delta, m2) [BLOCK_G] of tiles [t0, t1), and tile t0 as it was read; reads each tile once."""
+    at, mask = tile(t0, R, C, width, T)
+    first = load_tile(x_ptr, at, mask)  # [BLOCK_L, BLOCK_R]
+    x = widen(first)
+    before = filled(t0, R, width, T)
+    k = fold(x, T) / (filled(t0 + 1, R, width, T) - before).to(x.dtype)
+    k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean must come out as inf, not as inf - inf
+    shift = spread(k, T)
+    s = tl.where(mask, x - shift, 0.0)  # [BLOCK_L, BLOCK_R] fp32
+    q = s * s
+    for t in tl.range(t0 + 1, t1):
+        at, mask = tile(t, R, C, width, T)
+        d = tl.where(mask, widen(load_tile(x_ptr, at, mask)) - shift, 0.0)
+        s += d
+        q += d * d
+    s = fold(s, T)
+    delta = s / (filled(t1, R, width, T) - before).to(x.dtype)
+    return k, delta, fold(q, T) - s * delta, first
+
+
+@triton.jit
+def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(k, delta, m2) [BLOCK_G] of all P partials in workspace [P, 3, C]; in index order, whoever does it.
+
+    delta is a weighted sum (an infinite mean stays infinite), m2 goes by Chan's update.
+    """
+    P = tl.num_programs(1)
+    total = tile_count(R, width, T)
+    k0 = tl.load(workspace_ptr + c, mask=live, other=0.0, cache_modifier=".cg")  # [BLOCK_G]
+    n = tl.zeros([1, BLOCK_P], k0.dtype)
+    mean = tl.zeros([T.BLOCK_G, BLOCK_P], k0.dtype)  # less k0; column i merges the partials i, i + BLOCK_P, ...
+    m2 = tl.zeros([T.BLOCK_G, BLOCK_P], k0.dtype)
+    weighted = tl.zeros([T.BLOCK_G, BLOCK_P], k0.dtype)
+    for p0 in tl.range(0, P, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        there = (p < P)[None, :]
+        values = filled(tl.minimum(p * tiles + tiles, total), R, width, T) - filled(p * tiles, R, width, T)
+        n_p = tl.where(there, values[None, :], 0).to(k0.dtype)  # [1, BLOCK_P]
+        mask = live[:, None] & there
+        at = workspace_ptr + c[:, None] + (p * 3 * C)[None, :]
+        k = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        mean_p = k - k0[:, None] + tl.load(at + C, mask=mask, other=0.0, cache_modifier=".cg")
+        m2_p = tl.load(at + 2 * C, mask=mask, other=0.0, cache_modifier=".cg")
+        weighted += tl.where(mask, mean_p * n_p, 0.0)
+        share = n_p / tl.maximum(n + n_p, 1.0)
+        step = mean_p - mean
+        m2 += tl.where(mask, m2_p + step * step * n * share, 0.0)
+        mean += tl.where(mask, step * share, 0.0)
+        n += n_p
+    delta = tl.sum(weighted, 1) / filled(total, R, width, T).to(k0.dtype)
+    apart = mean - delta[:, None]
+    return k0, delta, tl.sum(tl.where(n > 0, m2 + n * apart * apart, 0.0), 1)
+
+
+@triton.jit
+def store_statistics(
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
+):  # fmt: skip
+    """Store mean and rstd, update the running statistics (unbiased variance); return (mean, rstd) [BLOCK_G]."""
+    mean = k + delta
+    rstd = reciprocal_std(m2 / n, eps)
+    tl.store(mean_ptr + c, mean, mask=live)
+    tl.store(rstd_ptr + c, rstd, mask=live)
+    if running_mean_ptr is not None:
+        old = widen(tl.load(running_mean_ptr + c, mask=live, other=0.0))
+        new = old * (1.0 - momentum) + mean * momentum
+        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=live)
+    if running_var_ptr is not None:
+        old = widen(tl.load(running_var_ptr + c, mask=live, other=0.0))
+        new = old * (1.0 - momentum) + m2 / (n - 1.0) * momentum
+        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=live)
+    return mean, rstd
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
+def statistics_kernel(
+    x_ptr,
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, workspace_ptr, ticket_ptr,
+    R, C, width, tiles,
+    eps: tl.float64, momentum: tl.float64,
+    T: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # fmt: on
+    """mean = E[x], rstd = (E[(x - mean)^2] + eps)^(-1/2), running statistics; the last program of a group merges.
+
+    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).
+    x: [R, L] any float.  mean, rstd: [C], workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float.  ticket: [groups]
+    int32, zero before and after.  Reads x once.
+    """
+    c, live = channels(C, T)
+    total = tile_count(R, width, T)
+    t0 = tl.program_id(1) * tiles
+    k, delta, m2, _ = program_statistics(x_ptr, t0, tl.minimum(t0 + tiles, total), R, C, width, T)
+    at = workspace_ptr + tl.program_id(1) * 3 * C + c
+    tl.store(at, k, mask=live)
+    tl.store(at + C, delta, mask=live)
+    tl.store(at + 2 * C, m2, mask=live)
+    tl.debug_barrier()  # every store of this program comes before the release below
+    ticket = ticket_ptr + tl.program_id(0)
+    if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+        k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
+        n = filled(total, R, width, T).to(m2.dtype)
+        store_statistics(
+            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
+        )
+        tl.store(ticket, 0)  # ready for the next launch or graph replay

@@ -1,0 +1,141 @@
+"""How a program sees its part of the tensor: tiles of lanes by rows, lanes folded into channels and spread back.
+
+Every kernel reads the tensor as [R, L]: R outer rows of L neighbouring elements, the lanes. Program (i, j) owns channel
+group i and, of that group's tiles, range j. Three geometries, told apart by the constants in `Tile`:
+
+plane   GROUP = 1                a program owns one channel of [N, C, S]; its lanes are the S positions, in blocks
+column  SPAN = FOLD = 1          a lane is a channel: [M, C]
+folded  otherwise                a lane is (row of FOLD, channel of GROUP, position of SPAN): several channels whose
+                                 S positions are neighbours, or several short rows of [M, C], read as one wide row
+
+A tile is [lanes, rows], with what is summed along the last axis: sums are trees there, in Triton's interpreter too.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Tile(NamedTuple):
+    """The compile-time constants of a tile; one compilation each."""
+
+    GROUP: int  # channels of a program
+    SPAN: int  # neighbouring lanes of one channel (plane: 1, the size is a run-time one)
+    FOLD: int  # rows of the tensor that make one outer row
+    V: int  # elements of the widest aligned access: divides L, and S in planes
+    BLOCK_R: int  # rows of a tile
+    BLOCK_L: int  # lanes of a tile
+    BLOCK_G: int  # GROUP as a power of two
+    BLOCK_F: int  # SPAN * FOLD as a power of two
+
+
+@triton.jit
+def widen(x):
+    """x in the dtype of the arithmetic: fp64 stays fp64, all others become fp32."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def load_tile(ptr, at, mask):
+    """A tile in its own dtype, 0 where the mask is False."""
+    return tl.load(ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, at, mask, value):
+    """Store a tile, rounded to the dtype of the tensor."""
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile(t, R, C, width, T: tl.constexpr):
+    """Offsets [BLOCK_L, BLOCK_R] int64 and mask of tile t; lane blocks are the inner order.
+
+    width is S / V in planes and L / V elsewhere: so the compiler knows that V divides both.
+    """
+    row = tl.arange(0, T.BLOCK_R)
+    lane = tl.arange(0, T.BLOCK_L)
+    if T.GROUP == 1:
+        S = width * T.V
+        blocks = tl.cdiv(S, T.BLOCK_L)
+        row += t // blocks * T.BLOCK_R
+        lane += t % blocks * T.BLOCK_L
+        start = tl.program_id(0).to(tl.int64) * S
+        length = S.to(tl.int64) * C
+        live = lane < S
+    else:
+        EXTENT: tl.constexpr = T.FOLD * T.GROUP * T.SPAN
+        row += t * T.BLOCK_R
+        start = tl.program_id(0).to(tl.int64) * EXTENT
+        length = width.to(tl.int64) * T.V
+        live = (lane < EXTENT) & (start + lane < length)
+    at = (start + lane)[:, None] + row.to(tl.int64)[None, :] * length
+    return at, live[:, None] & (row < R)[None, :]
+
+
+@triton.jit
+def tile_count(R, width, T: tl.constexpr):
+    """Tiles of a channel group."""
+    if T.GROUP == 1:
+        return tl.cdiv(R, T.BLOCK_R) * tl.cdiv(width * T.V, T.BLOCK_L)
+    else:
+        return tl.cdiv(R, T.BLOCK_R)
+
+
+@triton.jit
+def filled(t, R, width, T: tl.constexpr):
+    """Values that each channel has in tiles [0, t); int64, t a scalar or a block."""
+    if T.GROUP == 1:
+        S = width * T.V
+        blocks = tl.cdiv(S, T.BLOCK_L)
+        rows = tl.minimum(t // blocks * T.BLOCK_R, R)
+        begun = tl.minimum(R - rows, T.BLOCK_R).to(tl.int64) * tl.minimum(t % blocks * T.BLOCK_L, S)
+        return rows.to(tl.int64) * S + begun
+    else:
+        return tl.minimum(t * T.BLOCK_R, R).to(tl.int64) * (T.FOLD * T.SPAN)
+
+
+@triton.jit
+def channels(C, T: tl.constexpr):
+    """The program's channels [BLOCK_G] int32, and which of them exist."""
+    g = tl.arange(0, T.BLOCK_G)
+    c = tl.program_id(0) * T.GROUP + g
+    return c, (g < T.GROUP) & (c < C)
+
+
+@triton.jit
+def load_channels(ptr, c, live):
+    """Per-channel values [BLOCK_G] in the dtype of the arithmetic."""
+    return widen(tl.load(ptr + c, mask=live, other=0.0))
+
+
+@triton.jit
+def fold(v, T: tl.constexpr):
+    """Sum a tile [BLOCK_L, BLOCK_R] over rows and lanes to one value per channel [BLOCK_G]."""
+    v = tl.sum(v, 1)  # [BLOCK_L]
+    if T.GROUP == 1:
+        return tl.sum(v, 0, keep_dims=True)
+    elif T.SPAN * T.FOLD == 1:
+        return v
+    else:
+        g = tl.arange(0, T.BLOCK_G)[:, None]
+        f = tl.arange(0, T.BLOCK_F)[None, :]
+        live = (g < T.GROUP) & (f < T.SPAN * T.FOLD)
+        lane = f // T.SPAN * (T.GROUP * T.SPAN) + g * T.SPAN + f % T.SPAN
+        lane = tl.reshape(tl.where(live, lane, 0), [T.BLOCK_G * T.BLOCK_F])
+        picked = tl.reshape(tl.gather(v, lane, 0), [T.BLOCK_G, T.BLOCK_F])
+        return tl.sum(tl.where(live, picked, 0.0), 1)
+
+
+@triton.jit
+def spread(v, T: tl.constexpr):
+    """Values per channel [BLOCK_G] as a column that broadcasts over a tile: [BLOCK_L, 1], or [1, 1] in planes."""
+    if T.GROUP == 1 or T.SPAN * T.FOLD == 1:
+        return v[:, None]
+    else:
+        channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
+        return tl.gather(v, channel, 0)[:, None]

@@ -1,0 +1,204 @@
+"""One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
+
+All functions take x dense in `memory_format` (contiguous, channels_last or channels_last_3d) and return tensors in it.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
+from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
+from tritonbn.kernels.statistics import statistics_kernel
+from tritonbn.plan import Device, Layout, Operation, Plan, make_plan
+
+# The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+class Gradients(NamedTuple):
+    """Of x (dense as x), weight and bias; None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) with statistics of the batch; the running ones are updated in place."""
+    plan = plan_for("forward", x, memory_format)
+    y = torch.empty_like(x, memory_format=memory_format)
+    mean, rstd = _vector(x, plan.shape[1]), _vector(x, plan.shape[1])
+    sizes, R, P = _sizes(plan), plan.groups, plan.splits
+    if plan.path == "single":
+        args = (x, weight, bias, y, mean, rstd, running_mean, running_var, *sizes, eps, momentum)
+        _launch(forward_kernel, (R,), plan, *args)
+        return y, mean, rstd
+    workspace, ticket = _workspace(x, plan, 3), _tickets(x, R)
+    args = (x, mean, rstd, running_mean, running_var, workspace, ticket, *sizes, plan.reduce_tiles, eps, momentum)
+    _launch(statistics_kernel, (R, P), plan, *args, BLOCK_P=plan.merge_block)
+    args = (x, mean, rstd, weight, bias, y, *sizes, plan.apply_tiles)
+    _launch(normalize_kernel, (R, plan.apply_splits), plan, *args)
+    return y, mean, rstd
+
+
+def inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    memory_format: torch.memory_format,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
+    plan = plan_for("inference", x, memory_format)
+    y = torch.empty_like(x, memory_format=memory_format)
+    mean, rstd = (_vector(x, plan.shape[1]), _vector(x, plan.shape[1])) if keep else (None, None)
+    args = (x, running_mean, running_var, weight, bias, y, mean, rstd, *_sizes(plan), plan.apply_tiles, eps)
+    _launch(inference_kernel, (plan.groups, plan.apply_splits), plan, *args)
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameter_dtype: torch.dtype,
+    wanted: tuple[bool, bool, bool],
+    memory_format: torch.memory_format,
+) -> Gradients:
+    """Gradients of (x, weight, bias) where statistics were those of the batch; `wanted` says which."""
+    plan = plan_for("backward", x, memory_format)
+    dx, dweight, dbias = _gradients(x, plan, parameter_dtype, wanted, memory_format)
+    sizes, R = _sizes(plan), plan.groups
+    if plan.path == "single" and dx is not None:
+        args = (dy, x, mean, rstd, weight, dx, dweight, dbias, *sizes)
+        _launch(backward_kernel, (R,), plan, *args)
+        return Gradients(dx, dweight, dbias)
+    sums = None if dx is None else torch.empty((2, plan.shape[1]), dtype=mean.dtype, device=x.device)
+    _reduce(plan, dy, x, mean, rstd, weight, None, dweight, dbias, sums)
+    if dx is not None:
+        args = (dy, x, mean, rstd, weight, sums, dx, *sizes, plan.apply_tiles)
+        _launch(input_gradient_kernel, (R, plan.apply_splits), plan, *args)
+    return Gradients(dx, dweight, dbias)
+
+
+def frozen_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameter_dtype: torch.dtype,
+    wanted: tuple[bool, bool, bool],
+    memory_format: torch.memory_format,
+) -> Gradients:
+    """Gradients of (x, weight, bias) where statistics were given: one launch, whatever is wanted."""
+    plan = plan_for("backward", x, memory_format)
+    dx, dweight, dbias = _gradients(x, plan, parameter_dtype, wanted, memory_format)
+    if dweight is not None or dbias is not None:
+        _reduce(plan, dy, x, mean, rstd, weight, dx, dweight, dbias, None)
+    elif dx is not None:
+        args = (dy, None, None, rstd, weight, None, dx, *_sizes(plan), plan.apply_tiles)
+        _launch(input_gradient_kernel, (plan.groups, plan.apply_splits), plan, *args)
+    return Gradients(dx, dweight, dbias)
+
+
+def plan_for(operation: Operation, x: Tensor, memory_format: torch.memory_format) -> Plan:
+    """The plan of `operation` for x, dense in `memory_format`."""
+    N, C = x.shape[0], x.shape[1]
+    S = x.numel() // (N * C)
+    layout: Layout = "planes"
+    if S == 1 or memory_format is not torch.contiguous_format:
+        layout, N, S = "rows", N * S, 1
+    return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device))
+
+
+def _reduce(plan: Plan, dy: Tensor, x: Tensor, *args: Tensor | None) -> None:
+    workspace, ticket = _workspace(x, plan, 2), _tickets(x, plan.groups)
+    args = (dy, x, *args, workspace, ticket)
+    grid = (plan.groups, plan.splits)
+    _launch(gradient_sums_kernel, grid, plan, *args, *_sizes(plan), plan.reduce_tiles, BLOCK_P=plan.merge_block)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: int) -> None:
+    """The one place where a kernel starts: on the device of its first argument."""
+    x = args[0]
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _launch(kernel, grid, plan, *args, **constants)
+    kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, enable_fp_fusion=True)
+
+
+def _sizes(plan: Plan) -> tuple[int, int, int]:
+    """(R, C, width) of the kernels' view; one channel is one plane, see `make_plan`."""
+    return plan.rows, plan.shape[1], plan.width
+
+
+def _vector(x: Tensor, C: int) -> Tensor:
+    """[C] in the dtype of the arithmetic on x."""
+    return torch.empty(C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+
+
+def _gradients(
+    x: Tensor,
+    plan: Plan,
+    parameter_dtype: torch.dtype,
+    wanted: tuple[bool, bool, bool],
+    memory_format: torch.memory_format,
+) -> Gradients:
+    dx = torch.empty_like(x, memory_format=memory_format) if wanted[0] else None
+    C = plan.shape[1]
+    dweight = torch.empty(C, dtype=parameter_dtype, device=x.device) if wanted[1] else None
+    dbias = torch.empty(C, dtype=parameter_dtype, device=x.device) if wanted[2] else None
+    return Gradients(dx, dweight, dbias)
+
+
+def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
+    """Partial results [P, values, C]; from the caching allocator, which keeps streams apart."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty((plan.splits, values, plan.shape[1]), dtype=dtype, device=x.device)
+
+
+_ticket_pool: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _tickets(x: Tensor, groups: int) -> Tensor:
+    """Zeroed counters, one per channel group, of this device and stream; kernels leave them zero.
+
+    A graph under capture gets its own: the graph may be replayed on any stream, beside eager work on this one.
+    """
+    stream = 0
+    if x.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(groups, dtype=torch.int32, device=x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+    key = (x.device, stream)
+    tickets = _ticket_pool.get(key)
+    if tickets is None or tickets.numel() < groups:
+        tickets = _ticket_pool[key] = torch.zeros(max(groups, 4096), dtype=torch.int32, device=x.device)
+    return tickets
+
+
+@lru_cache(maxsize=64)
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device()
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.name, properties.multi_processor_count)

@@ -1,0 +1,113 @@
+"""The operation as torch.library operators: what torch.compile and dispatch modes see as one node.
+
+They are functional: the new running statistics are results, which `functional` copies back.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonbn import autograd
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
+    """Operators return tensors only: an absent one is an empty one."""
+    return x.new_empty(0) if t is None else t
+
+
+@torch.library.custom_op("tritonbn::batch_norm", mutates_args=())
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, rstd, new running_mean, new running_var); the last two are empty where nothing is to be updated."""
+    if training:
+        running_mean = None if running_mean is None else running_mean.clone()
+        running_var = None if running_var is None else running_var.clone()
+    given = autograd.Forward(running_mean, running_var, training, momentum, eps)
+    y, mean, rstd, _ = autograd.forward(x, weight, bias, given, keep=True)
+    assert mean is not None
+    assert rstd is not None
+    updated = (running_mean, running_var) if training else (None, None)
+    return y, mean, rstd, _or_empty(updated[0], x), _or_empty(updated[1], x)
+
+
+@batch_norm.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=autograd.memory_format_of(x))
+    updated = [torch.empty_like(s) if s is not None and training else x.new_empty(0) for s in (running_mean, running_var)]
+    return y, _vector(x), _vector(x), updated[0], updated[1]
+
+
+@torch.library.custom_op("tritonbn::batch_norm_backward", mutates_args=())
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    parameter_dtype: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias), empty where not wanted."""
+    x = x.contiguous(memory_format=autograd.memory_format_of(x))
+    gradients = autograd.backward(
+        dy, x, weight, mean, rstd, training, parameter_dtype, (wanted[0], wanted[1], wanted[2])
+    )
+    return _or_empty(gradients.x, x), _or_empty(gradients.weight, x), _or_empty(gradients.bias, x)
+
+
+@batch_norm_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    parameter_dtype: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=autograd.memory_format_of(x)) if wanted[0] else x.new_empty(0)
+    vectors = [x.new_empty(x.shape[1], dtype=parameter_dtype) if w else x.new_empty(0) for w in wanted[1:]]
+    return dx, vectors[0], vectors[1]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, _, training, _, _ = inputs
+    _, mean, rstd, _, _ = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.training = training
+    ctx.parameter_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+
+
+def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = batch_norm_backward(dy, x, weight, mean, rstd, ctx.training, ctx.parameter_dtype, wanted)
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None, None
+
+
+batch_norm.register_autograd(_backward, setup_context=_setup)
+

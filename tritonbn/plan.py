@@ -1,0 +1,231 @@
+"""What runs for a given problem, and why: layout, path, tile and splits as one frozen value.
+
+Pure Python: no tensors, no CUDA. `print(make_plan("forward", "planes", (256, 64, 3136), 2))` answers on any machine.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from typing import Literal, get_args
+
+from tritonbn.kernels.tiles import Tile
+
+Operation = Literal["forward", "backward", "inference"]
+Layout = Literal["rows", "planes"]
+Path = Literal["single", "split"]
+
+# Bytes of each operand that a thread has in flight: two 128-bit loads. Accumulators are fp32, so 16-bit inputs
+# hold 16 values (2 x 16 registers of sums), which compiles to less than 128 registers.
+BYTES_PER_THREAD = 32
+# A program keeps its first tile in registers until it has the statistics; so much of x spills nowhere with 16 warps.
+RESIDENT_BYTES = {"forward": 32 << 10, "inference": 32 << 10, "backward": 16 << 10}
+# Up to here one program streams its slice in less time than a second launch takes (about 3 us at 20 GB/s).
+SMALL_SLICE = 64 << 10
+# Up to here the slices of all running programs (two per SM) stay in an L2 of 50 MB, so the second pass finds them.
+L2_SLICE = 128 << 10
+# Widest folded row: beyond, a lane block no longer holds whole rows and padding costs more than narrow loads.
+MAX_LANES = 2048
+# Elements per sample, rows and groups stay below this, so that 32-bit indices inside a tile cannot overflow.
+INDEX_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan must know of a GPU."""
+
+    name: str = "NVIDIA H200"
+    sms: int = 132
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run an operation on [N, C, S] (rows: S = 1): the answer of `make_plan`."""
+
+    operation: Operation
+    layout: Layout
+    path: Path
+    shape: tuple[int, int, int]  # N, C, S
+    itemsize: int  # bytes of an element
+    rows: int  # R, outer rows of the kernels' view [R, L]
+    width: int  # S / V in planes of one channel, else L / V
+    tile: Tile
+    num_warps: int
+    groups: int  # channel groups, the first axis of every grid
+    tiles: int  # tiles of a channel group
+    reduce_tiles: int  # tiles per program of a reduction
+    apply_tiles: int  # tiles per program of an elementwise pass
+    merge_block: int  # partials that the last program merges at a time
+
+    @property
+    def splits(self) -> int:
+        """Programs that share the reduction of a channel group."""
+        return -(-self.tiles // self.reduce_tiles)
+
+    @property
+    def apply_splits(self) -> int:
+        """Programs that share the elementwise pass over a channel group."""
+        return -(-self.tiles // self.apply_tiles)
+
+    @property
+    def geometry(self) -> str:
+        """plane, column or folded, as in `kernels/tiles.py`."""
+        if self.tile.GROUP == 1:
+            return "plane"
+        return "column" if self.tile.SPAN * self.tile.FOLD == 1 else "folded"
+
+    @property
+    def access_bits(self) -> int:
+        """Bits of the widest load or store that the shape allows, for 16-byte aligned tensors."""
+        return min(128, 8 * self.itemsize * self.tile.V)
+
+    def __str__(self) -> str:
+        N, C, S = self.shape
+        shape = f"[{N}, {C}]" if self.layout == "rows" else f"[{N}, {C}, {S}]"
+        launches = 1 if self.path == "single" or self.operation == "inference" else 2
+        programs = f"{self.groups} x {self.splits if launches == 2 else 1}"
+        if self.operation == "inference":
+            programs = f"{self.groups} x {self.apply_splits}"
+        return (
+            f"{self.operation} {self.layout} {shape} x {self.itemsize} bytes: path {self.path}, {launches} launch"
+            f"{'es' if launches == 2 else ''}, {programs} programs of {self.num_warps} warps, {self.geometry} tiles "
+            f"{self.tile.BLOCK_R} x {self.tile.BLOCK_L} ({self.tile.GROUP} channels), "
+            f"{self.access_bits}-bit access"
+        )
+
+
+@dataclass
+class _Forced:
+    path: Path | None = None
+    splits: int | None = None
+
+
+_forced = _Forced()
+
+
+class forced:
+    """Context in which every plan takes `path` and its reductions `splits` programs per channel group.
+
+    For tests and measurements; of the whole process, because autograd runs backwards in threads of its own.
+    """
+
+    def __init__(self, path: Path | None = None, splits: int | None = None) -> None:
+        if path is not None and path not in get_args(Path):
+            raise ValueError(f"path must be one of {', '.join(get_args(Path))}, but got {path!r}")
+        if splits is not None and splits < 1:
+            raise ValueError(f"splits must be positive, but got {splits}")
+        self._new = _Forced(path, splits)
+
+    def __enter__(self) -> None:
+        global _forced
+        self._old, _forced = _forced, self._new
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._old
+
+
+def make_plan(
+    operation: Operation,
+    layout: Layout,
+    shape: tuple[int, int, int],
+    itemsize: int,
+    device: Device = Device(),  # noqa: B008 (frozen)
+) -> Plan:
+    """The plan for `operation` on `[N, C, S]` with elements of `itemsize` bytes.
+
+    Rows have their channels contiguous (S = 1; N counts all values of a channel), planes their S positions.
+    """
+    return _make_plan(operation, layout, shape, itemsize, device, _forced.path, _forced.splits)
+
+
+@lru_cache(maxsize=4096)
+def _make_plan(
+    operation: Operation,
+    layout: Layout,
+    shape: tuple[int, int, int],
+    itemsize: int,
+    device: Device,
+    path: Path | None,
+    splits: int | None,
+) -> Plan:
+    N, C, S = shape
+    if C == 1:  # one channel: all of the tensor is one plane, whatever the layout
+        N, S = 1, N * S
+    tile, width = _geometry(N, C, S, itemsize)
+    rows = N // tile.FOLD
+    extent = S if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
+    groups = -(-C // tile.GROUP)
+    lane_blocks = -(-extent // tile.BLOCK_L)
+
+    def in_rows(elements: int) -> int:
+        return max(1, min(_power_of_two(rows), elements // tile.BLOCK_L))
+
+    if path is None:
+        path = _path(groups, rows * extent * itemsize, device)
+    resident = in_rows(RESIDENT_BYTES[operation] // itemsize)
+    if path == "single" and operation != "inference" and lane_blocks == 1 and resident >= rows:
+        block_r = resident
+    else:  # streaming: 8 warps
+        block_r = in_rows(256 * BYTES_PER_THREAD // itemsize)
+    elements = block_r * tile.BLOCK_L
+    num_warps = max(1, min(16, elements * itemsize // (32 * BYTES_PER_THREAD)))
+
+    tiles = -(-rows // block_r) * lane_blocks
+    if splits is None:  # the fewest programs that fill the GPU: the last one merges what all of them found
+        splits = -(-2 * device.sms // groups)
+    reduce_tiles = -(-tiles // min(splits, tiles))
+    return Plan(
+        operation, layout, path, shape, itemsize, rows, width, tile._replace(BLOCK_R=block_r), num_warps, groups,
+        tiles, reduce_tiles, apply_tiles=min(4, tiles), merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
+    )  # fmt: skip
+
+
+def _path(groups: int, slice_bytes: int, device: Device) -> Path:
+    """single where one program per group is no loss: little to read, or programs enough and a slice that L2 keeps."""
+    if slice_bytes <= SMALL_SLICE or (groups >= device.sms and slice_bytes <= L2_SLICE):
+        return "single"
+    return "split"
+
+
+def _geometry(N: int, C: int, S: int, itemsize: int) -> tuple[Tile, int]:
+    """The tile (but for its rows) and the width in vectors that give the widest access with the least padding."""
+    vector = 16 // itemsize
+    in_plane, in_sample = gcd(S, vector), gcd(C * S, vector)
+    fold = gcd(N, vector // in_sample)  # so many samples side by side make a row that vectors divide better
+    if fold > 1 and fold * C * S <= MAX_LANES and gcd(fold * C * S, vector) > in_plane:
+        return _tile(C, S, fold, gcd(fold * C * S, vector), C * S * fold), fold * C * S // gcd(fold * C * S, vector)
+    if S == 1 and C > 1:  # narrow blocks give a short batch more programs, wide ones a long batch whole cache lines
+        lanes = min(32 if N <= 512 else 64, _power_of_two(C))
+        return Tile(lanes, 1, 1, in_sample, 1, lanes, lanes, 1), C // in_sample
+    group = _channel_group(C, S, vector, in_sample)
+    if group > 1:
+        return _tile(group, S, 1, in_sample, group * S), C * S // in_sample
+    return Tile(1, 1, 1, in_plane, 1, _lane_block(S), 1, 1), S // in_plane
+
+
+def _tile(group: int, span: int, fold: int, vector: int, lanes: int) -> Tile:
+    return Tile(
+        group, span, fold, vector, 1, _power_of_two(lanes), _power_of_two(group), _power_of_two(span * fold)
+    )
+
+
+def _channel_group(C: int, S: int, vector: int, in_sample: int) -> int:
+    """Channels whose planes together are whole vectors and fill 3/4 of a power of two of lanes; 1: planes do as well."""
+    if in_sample == gcd(S, vector) and S >= 128:
+        return 1
+    step = in_sample // gcd(S, in_sample)
+    candidates = [g for g in range(step, C + step, step) if min(128, C * S) <= g * S <= MAX_LANES]
+    full = [g for g in candidates if 4 * g * S >= 3 * _power_of_two(g * S)]
+    return min(full or candidates[:1] or [1])
+
+
+def _lane_block(S: int) -> int:
+    """The widest block of lanes that wastes little of a plane: up to an eighth, or the least there is."""
+    blocks = [block for block in (2048, 1024, 512, 256, 128) if block < 2 * S] or [_power_of_two(S)]
+    waste = {block: -(-S // block) * block / S for block in blocks}
+    return max(block for block in blocks if waste[block] <= max(1.125, min(waste.values())))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
