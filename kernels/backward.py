@@ -8,7 +8,19 @@ With given statistics only the first term is there: dx = weight * rstd * dy.
 import triton
 import triton.language as tl
 
-from .tiles import channels, filled, fold, load_channels, load_tile, spread, store_tile, tile, tile_count, widen
+from .statistics import ratio
+from .tiles import (
+    channels,
+    filled,
+    fold,
+    load_channels,
+    load_tile,
+    spread,
+    store_tile,
+    tile,
+    tile_count,
+    widen,
+)
 
 
 @triton.jit
@@ -54,8 +66,8 @@ def program_sums(dy_ptr, x_ptr, dx_ptr, t0, t1, mean, scale, R, C, width, T: tl.
 def merge_sums(workspace_ptr, c, live, C, T: tl.constexpr, BLOCK_P: tl.constexpr):
     """(sum dy, sum dy * (x - mean)) [BLOCK_G] of all P partials in workspace [P, 2, C], in index order."""
     P = tl.num_programs(1)
-    s1 = tl.zeros([T.BLOCK_G, BLOCK_P], workspace_ptr.dtype.element_ty)
-    s2 = tl.zeros([T.BLOCK_G, BLOCK_P], workspace_ptr.dtype.element_ty)
+    s1 = tl.full([T.BLOCK_G, BLOCK_P], 0.0, workspace_ptr.dtype.element_ty)
+    s2 = tl.full([T.BLOCK_G, BLOCK_P], 0.0, workspace_ptr.dtype.element_ty)
     for p0 in tl.range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         mask = live[:, None] & (p < P)[None, :]
@@ -90,7 +102,7 @@ def gradient_sums_kernel(
     [P, 2, C] fp32 (fp64).  weight, dweight, dbias: [C] any float or None.  ticket: [groups] int32, zero before and
     after.  Reads dy and x once (writes dx once).
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
     mean = load_channels(mean_ptr, c, live)
     scale = load_scale(weight_ptr, rstd, c, live)
@@ -126,15 +138,15 @@ def input_gradient_kernel(
     float.  mean, rstd: [C], sums (s1, s2): [2, C] fp32 (fp64).  weight: [C] any float or None.  Without sums (given
     statistics) dx = weight * rstd * dy, and x and mean are not read.  Reads dy and x once, writes dx once.
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
     scale = spread(load_scale(weight_ptr, rstd, c, live), T)
     total = tile_count(R, width, T)
     if sums_ptr is not None:
         M = filled(total, R, width, T).to(rstd.dtype)
         mean = spread(load_channels(mean_ptr, c, live), T)
-        dy_mean = spread(load_channels(sums_ptr, c, live) / M, T)
-        slope = spread(load_channels(sums_ptr + C, c, live) / M * rstd * rstd, T)
+        dy_mean = spread(ratio(load_channels(sums_ptr, c, live), M), T)
+        slope = spread(ratio(load_channels(sums_ptr + C, c, live), M) * rstd * rstd, T)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * tiles
     t1 = tl.minimum(t0 + tiles, total)
     for i in tl.range(0, t1 - t0):
@@ -162,7 +174,7 @@ def backward_kernel(
     dweight, dbias: [C] any float or None.  Reads dy and x twice, but their first tiles once (once in all where one tile
     is enough), writes dx once.
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
     mean = load_channels(mean_ptr, c, live)
     scale = load_scale(weight_ptr, rstd, c, live)
@@ -171,8 +183,8 @@ def backward_kernel(
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
     M = filled(total, R, width, T).to(rstd.dtype)
     mean, scale = spread(mean, T), spread(scale, T)
-    dy_mean = spread(s1 / M, T)
-    slope = spread(s2 / M * rstd * rstd, T)
+    dy_mean = spread(ratio(s1, M), T)
+    slope = spread(ratio(s2, M) * rstd * rstd, T)
     for i in tl.range(0, total - 1):
         at, mask = tile(total - 1 - i, R, C, width, T)
         dx = input_gradient(

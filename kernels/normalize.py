@@ -48,7 +48,7 @@ def normalize_kernel(
     Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.
     x, y: [R, L] any float.  mean, rstd: [C] fp32 (fp64).  weight, bias: [C] any float or None.  Reads x, writes y once.
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
     scale, shift = load_affine(weight_ptr, bias_ptr, rstd, c, live)
     mean = load_channels(mean_ptr, c, live)
@@ -73,7 +73,7 @@ def inference_kernel(
     that the backward needs.  x, y: [R, L] any float.  running_*, weight, bias: [C] any float (weight, bias or None).
     mean, rstd: [C] fp32 (fp64) or None.  Reads x once, writes y once.
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     mean = load_channels(running_mean_ptr, c, live)
     rstd = reciprocal_std(load_channels(running_var_ptr, c, live), eps)
     if mean_ptr is not None and tl.program_id(1) == 0:
@@ -101,7 +101,7 @@ def forward_kernel(
     running_*: [C] any float or None.  Reads x twice, but its first tile once (once in all where one tile is enough),
     writes y once.
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     total = tile_count(R, width, T)
     k, delta, m2, first = program_statistics(x_ptr, 0, total, R, C, width, T)
     n = filled(total, R, width, T).to(m2.dtype)

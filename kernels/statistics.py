@@ -12,13 +12,22 @@ from .tiles import channels, filled, fold, load_tile, spread, tile, tile_count, 
 
 
 @triton.jit
+def ratio(a, n):
+    """a / n for a count n. In fp64 by Newton's iteration: a division would be a call, which spills registers."""
+    if a.dtype == tl.float64:
+        r = (1.0 / n.to(tl.float32)).to(tl.float64)  # 7 digits, then 14, then all
+        r = r * (2.0 - n * r)
+        return a * (r * (2.0 - n * r))
+    return a / n
+
+
+@triton.jit
 def reciprocal_std(var, eps):
-    """(var + eps)^(-1/2), correctly rounded steps; NaN where var + eps < 0, as in torch."""
+    """(var + eps)^(-1/2); the approximation and a Newton step, without a call. NaN where var + eps < 0, as in torch."""
     v = (var + eps).to(var.dtype)
-    if v.dtype == tl.float64:
-        return 1.0 / tl.sqrt(v)
-    else:
-        return tl.div_rn(1.0, tl.sqrt_rn(v))
+    r = tl.rsqrt(v)
+    better = r + 0.5 * r * (1.0 - v * r * r)
+    return tl.where((v > 0.0) & (v < float("inf")), better, r)
 
 
 @triton.jit
@@ -28,18 +37,19 @@ def program_statistics(x_ptr, t0, t1, R, C, width, T: tl.constexpr):
     first = load_tile(x_ptr, at, mask)  # [BLOCK_L, BLOCK_R]
     x = widen(first)
     before = filled(t0, R, width, T)
-    k = fold(x, T) / (filled(t0 + 1, R, width, T) - before).to(x.dtype)
+    k = ratio(fold(x, T), (filled(t0 + 1, R, width, T) - before).to(x.dtype))
+    k = widen(k.to(first.dtype))  # as short as x, so that x - k is exact for 16-bit x
     k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean must come out as inf, not as inf - inf
     shift = spread(k, T)
     s = tl.where(mask, x - shift, 0.0)  # [BLOCK_L, BLOCK_R] fp32
     q = s * s
-    for t in tl.range(t0 + 1, t1):
+    for t in tl.range(t0 + 1, t1, loop_unroll_factor=2):  # four loads in flight
         at, mask = tile(t, R, C, width, T)
         d = tl.where(mask, widen(load_tile(x_ptr, at, mask)) - shift, 0.0)
         s += d
         q += d * d
     s = fold(s, T)
-    delta = s / (filled(t1, R, width, T) - before).to(x.dtype)
+    delta = ratio(s, (filled(t1, R, width, T) - before).to(x.dtype))
     return k, delta, fold(q, T) - s * delta, first
 
 
@@ -52,10 +62,10 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
     P = tl.num_programs(1)
     total = tile_count(R, width, T)
     k0 = tl.load(workspace_ptr + c, mask=live, other=0.0, cache_modifier=".cg")  # [BLOCK_G]
-    n = tl.zeros([1, BLOCK_P], k0.dtype)
-    mean = tl.zeros([T.BLOCK_G, BLOCK_P], k0.dtype)  # less k0; column i merges the partials i, i + BLOCK_P, ...
-    m2 = tl.zeros([T.BLOCK_G, BLOCK_P], k0.dtype)
-    weighted = tl.zeros([T.BLOCK_G, BLOCK_P], k0.dtype)
+    n = tl.full([1, BLOCK_P], 0.0, k0.dtype)
+    mean = tl.full([T.BLOCK_G, BLOCK_P], 0.0, k0.dtype)  # less k0; column i merges the partials i, i + BLOCK_P, ...
+    m2 = tl.full([T.BLOCK_G, BLOCK_P], 0.0, k0.dtype)
+    weighted = tl.full([T.BLOCK_G, BLOCK_P], 0.0, k0.dtype)
     for p0 in tl.range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         there = (p < P)[None, :]
@@ -67,12 +77,12 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
         mean_p = k - k0[:, None] + tl.load(at + C, mask=mask, other=0.0, cache_modifier=".cg")
         m2_p = tl.load(at + 2 * C, mask=mask, other=0.0, cache_modifier=".cg")
         weighted += tl.where(mask, mean_p * n_p, 0.0)
-        share = n_p / tl.maximum(n + n_p, 1.0)
+        share = ratio(n_p, tl.maximum(n + n_p, 1.0))
         step = mean_p - mean
         m2 += tl.where(mask, m2_p + step * step * n * share, 0.0)
         mean += tl.where(mask, step * share, 0.0)
         n += n_p
-    delta = tl.sum(weighted, 1) / filled(total, R, width, T).to(k0.dtype)
+    delta = ratio(tl.sum(weighted, 1), filled(total, R, width, T).to(k0.dtype))
     apart = mean - delta[:, None]
     return k0, delta, tl.sum(tl.where(n > 0, m2 + n * apart * apart, 0.0), 1)
 
@@ -83,7 +93,7 @@ def store_statistics(
 ):  # fmt: skip
     """Store mean and rstd, update the running statistics (unbiased variance); return (mean, rstd) [BLOCK_G]."""
     mean = k + delta
-    rstd = reciprocal_std(m2 / n, eps)
+    rstd = reciprocal_std(ratio(m2, n), eps)
     tl.store(mean_ptr + c, mean, mask=live)
     tl.store(rstd_ptr + c, rstd, mask=live)
     if running_mean_ptr is not None:
@@ -92,7 +102,7 @@ def store_statistics(
         tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=live)
     if running_var_ptr is not None:
         old = widen(tl.load(running_var_ptr + c, mask=live, other=0.0))
-        new = old * (1.0 - momentum) + m2 / (n - 1.0) * momentum
+        new = old * (1.0 - momentum) + ratio(m2, n - 1.0) * momentum
         tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=live)
     return mean, rstd
 
@@ -109,11 +119,11 @@ def statistics_kernel(
     # fmt: on
     """mean = E[x], rstd = (E[(x - mean)^2] + eps)^(-1/2), running statistics; the last program of a group merges.
 
-    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).
-    x: [R, L] any float.  mean, rstd: [C], workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float.  ticket: [groups]
-    int32, zero before and after.  Reads x once.
+    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  x: [R, L] any float.  mean, rstd: [C],
+    workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float or None.  ticket: [groups] int32, zero before and after.
+    Reads x once.
     """
-    c, live = channels(C, T)
+    c, live = channels(C, width, T)
     total = tile_count(R, width, T)
     t0 = tl.program_id(1) * tiles
     k, delta, m2, _ = program_statistics(x_ptr, t0, tl.minimum(t0 + tiles, total), R, C, width, T)

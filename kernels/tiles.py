@@ -35,8 +35,7 @@ def widen(x):
     """x in the dtype of the arithmetic: fp64 stays fp64, all others become fp32."""
     if x.dtype == tl.float64:
         return x
-    else:
-        return x.to(tl.float32)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -82,8 +81,7 @@ def tile_count(R, width, T: tl.constexpr):
     """Tiles of a channel group."""
     if T.GROUP == 1:
         return tl.cdiv(R, T.BLOCK_R) * tl.cdiv(width * T.V, T.BLOCK_L)
-    else:
-        return tl.cdiv(R, T.BLOCK_R)
+    return tl.cdiv(R, T.BLOCK_R)
 
 
 @triton.jit
@@ -95,15 +93,16 @@ def filled(t, R, width, T: tl.constexpr):
         rows = tl.minimum(t // blocks * T.BLOCK_R, R)
         begun = tl.minimum(R - rows, T.BLOCK_R).to(tl.int64) * tl.minimum(t % blocks * T.BLOCK_L, S)
         return rows.to(tl.int64) * S + begun
-    else:
-        return tl.minimum(t * T.BLOCK_R, R).to(tl.int64) * (T.FOLD * T.SPAN)
+    return tl.minimum(t * T.BLOCK_R, R).to(tl.int64) * (T.FOLD * T.SPAN)
 
 
 @triton.jit
-def channels(C, T: tl.constexpr):
+def channels(C, width, T: tl.constexpr):
     """The program's channels [BLOCK_G] int32, and which of them exist."""
     g = tl.arange(0, T.BLOCK_G)
     c = tl.program_id(0) * T.GROUP + g
+    if T.GROUP == T.BLOCK_L:  # lanes are channels: V divides C, and the compiler must know it
+        return c, c < width * T.V
     return c, (g < T.GROUP) & (c < C)
 
 
@@ -119,16 +118,15 @@ def fold(v, T: tl.constexpr):
     v = tl.sum(v, 1)  # [BLOCK_L]
     if T.GROUP == 1:
         return tl.sum(v, 0, keep_dims=True)
-    elif T.SPAN * T.FOLD == 1:
+    if T.SPAN * T.FOLD == 1:
         return v
-    else:
-        g = tl.arange(0, T.BLOCK_G)[:, None]
-        f = tl.arange(0, T.BLOCK_F)[None, :]
-        live = (g < T.GROUP) & (f < T.SPAN * T.FOLD)
-        lane = f // T.SPAN * (T.GROUP * T.SPAN) + g * T.SPAN + f % T.SPAN
-        lane = tl.reshape(tl.where(live, lane, 0), [T.BLOCK_G * T.BLOCK_F])
-        picked = tl.reshape(tl.gather(v, lane, 0), [T.BLOCK_G, T.BLOCK_F])
-        return tl.sum(tl.where(live, picked, 0.0), 1)
+    g = tl.arange(0, T.BLOCK_G)[:, None]
+    f = tl.arange(0, T.BLOCK_F)[None, :]
+    live = (g < T.GROUP) & (f < T.SPAN * T.FOLD)
+    lane = f // T.SPAN * (T.GROUP * T.SPAN) + g * T.SPAN + f % T.SPAN
+    lane = tl.reshape(tl.where(live, lane, 0), [T.BLOCK_G * T.BLOCK_F])
+    picked = tl.reshape(tl.gather(v, lane, 0), [T.BLOCK_G, T.BLOCK_F])
+    return tl.sum(tl.where(live, picked, 0.0), 1)
 
 
 @triton.jit
@@ -136,6 +134,5 @@ def spread(v, T: tl.constexpr):
     """Values per channel [BLOCK_G] as a column that broadcasts over a tile: [BLOCK_L, 1], or [1, 1] in planes."""
     if T.GROUP == 1 or T.SPAN * T.FOLD == 1:
         return v[:, None]
-    else:
-        channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
-        return tl.gather(v, channel, 0)[:, None]
+    channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
+    return tl.gather(v, channel, 0)[:, None]

@@ -73,7 +73,8 @@ class BatchNorm(torch.autograd.Function):
         x, weight, mean, rstd, _, _ = ctx.saved_tensors
         constants = ctx.training, ctx.parameter_dtype, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return *BatchNormBackward.apply(dy, x, weight, mean, rstd, ctx.eps, constants), None
+            gradients = BatchNormBackward.apply(dy, x, weight, mean, rstd, ctx.eps, constants)  # type: ignore[no-untyped-call]
+            return *gradients, None
         return *backward(dy, x, weight, mean, rstd, *constants), None
 
 
@@ -97,20 +98,16 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, mean, rstd = ctx.saved_tensors
+        dy, x, weight, mean, rstd = ctx.saved_tensors
         if ctx.training:
             mean = rstd = None
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Fresh views: dy is itself a function of x, and that path is not ours to follow.
-            views = [None if t is None else t.view_as(t) for t in inputs]
-            dy, x, weight = (None if v is None else v.to(torch.promote_types(v.dtype, torch.float32)) for v in views)
-            outputs = reference.gradients(dy, x, weight, mean, rstd, ctx.eps)
-        pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
-        wanted = [v for v, needed in zip(views, ctx.needs_input_grad, strict=False) if needed]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [u for _, u in pairs], create_graph=create_graph, allow_unused=True
-            )
-        )  # fmt: skip
+            views = dy.view_as(dy), x.view_as(x), None if weight is None else weight.view_as(weight)
+            outputs = reference.gradients(*views, mean, rstd, ctx.eps)
+        pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
+        wanted = [v for v, needed in zip(views, ctx.needs_input_grad, strict=False) if v is not None and needed]
+        o, u = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(o, wanted, u, create_graph=create_graph, allow_unused=True))
         return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None

@@ -43,14 +43,12 @@ def batch_norm(
     devices and dtypes, empty tensors, tensor subclasses, torch.func transforms, forward-mode derivatives, export.
     """
     tensors = (input, running_mean, running_var, weight, bias)
+    result: Tensor
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps
-        )
+        result = handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
+        return result
     if not _takes_kernels(input, running_mean, running_var, weight, bias, training, momentum, eps):
-        return torch.nn.functional.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         y, _, _, new_mean, new_var = operators.batch_norm(
             input, weight, bias, running_mean, running_var, training, momentum, eps
@@ -59,10 +57,12 @@ def batch_norm(
             with torch.no_grad():
                 running_mean.copy_(new_mean)
                 running_var.copy_(new_var)
-        return y
+        result = y
+        return result
     given = autograd.Forward(running_mean, running_var, training, momentum, eps)
     if torch.is_grad_enabled() and _any_requires_grad(input, weight, bias):
-        return autograd.BatchNorm.apply(input, weight, bias, given)  # type: ignore[no-any-return]
+        result = autograd.BatchNorm.apply(input, weight, bias, given)  # type: ignore[no-untyped-call]
+        return result
     return autograd.forward(input, weight, bias, given)[0]
 
 
@@ -101,7 +101,7 @@ def _takes_kernels(
     if torch.is_grad_enabled() and _any_requires_grad(running_mean, running_var):
         return False
     return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias)
-    
+
 
 def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
     """Whether weights and statistics are [C] on the device of x, all in its dtype or all in float32 for 16-bit x."""

@@ -3,6 +3,7 @@
 All functions take x dense in `memory_format` (contiguous, channels_last or channels_last_3d) and return tensors in it.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from tritonbn.plan import Device, Layout, Operation, Plan, make_plan
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+# Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
+# register count of its own choosing; two programs of 8 warps per SM leave it 128 and more.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
 class Gradients(NamedTuple):
@@ -41,16 +47,21 @@ def forward(
     plan = plan_for("forward", x, memory_format)
     y = torch.empty_like(x, memory_format=memory_format)
     mean, rstd = _vector(x, plan.shape[1]), _vector(x, plan.shape[1])
-    sizes, R, P = _sizes(plan), plan.groups, plan.splits
     if plan.path == "single":
-        args = (x, weight, bias, y, mean, rstd, running_mean, running_var, *sizes, eps, momentum)
-        _launch(forward_kernel, (R,), plan, *args)
+        _launch(
+            forward_kernel, (plan.groups,), plan,
+            x, weight, bias, y, mean, rstd, running_mean, running_var, *_sizes(plan), eps, momentum,
+        )  # fmt: skip
         return y, mean, rstd
-    workspace, ticket = _workspace(x, plan, 3), _tickets(x, R)
-    args = (x, mean, rstd, running_mean, running_var, workspace, ticket, *sizes, plan.reduce_tiles, eps, momentum)
-    _launch(statistics_kernel, (R, P), plan, *args, BLOCK_P=plan.merge_block)
-    args = (x, mean, rstd, weight, bias, y, *sizes, plan.apply_tiles)
-    _launch(normalize_kernel, (R, plan.apply_splits), plan, *args)
+    _launch(
+        statistics_kernel, (plan.groups, plan.splits), plan,
+        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), _tickets(x, plan.groups),
+        *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
+    )  # fmt: skip
+    _launch(
+        normalize_kernel, (plan.groups, plan.apply_splits), plan,
+        x, mean, rstd, weight, bias, y, *_sizes(plan), plan.apply_tiles,
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -68,8 +79,10 @@ def inference(
     plan = plan_for("inference", x, memory_format)
     y = torch.empty_like(x, memory_format=memory_format)
     mean, rstd = (_vector(x, plan.shape[1]), _vector(x, plan.shape[1])) if keep else (None, None)
-    args = (x, running_mean, running_var, weight, bias, y, mean, rstd, *_sizes(plan), plan.apply_tiles, eps)
-    _launch(inference_kernel, (plan.groups, plan.apply_splits), plan, *args)
+    _launch(
+        inference_kernel, (plan.groups, plan.apply_splits), plan,
+        x, running_mean, running_var, weight, bias, y, mean, rstd, *_sizes(plan), plan.apply_tiles, eps,
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -86,16 +99,19 @@ def backward(
     """Gradients of (x, weight, bias) where statistics were those of the batch; `wanted` says which."""
     plan = plan_for("backward", x, memory_format)
     dx, dweight, dbias = _gradients(x, plan, parameter_dtype, wanted, memory_format)
-    sizes, R = _sizes(plan), plan.groups
     if plan.path == "single" and dx is not None:
-        args = (dy, x, mean, rstd, weight, dx, dweight, dbias, *sizes)
-        _launch(backward_kernel, (R,), plan, *args)
+        _launch(
+            backward_kernel, (plan.groups,), plan,
+            dy, x, mean, rstd, weight, dx, dweight, dbias, *_sizes(plan),
+        )  # fmt: skip
         return Gradients(dx, dweight, dbias)
     sums = None if dx is None else torch.empty((2, plan.shape[1]), dtype=mean.dtype, device=x.device)
     _reduce(plan, dy, x, mean, rstd, weight, None, dweight, dbias, sums)
     if dx is not None:
-        args = (dy, x, mean, rstd, weight, sums, dx, *sizes, plan.apply_tiles)
-        _launch(input_gradient_kernel, (R, plan.apply_splits), plan, *args)
+        _launch(
+            input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
+            dy, x, mean, rstd, weight, sums, dx, *_sizes(plan), plan.apply_tiles,
+        )  # fmt: skip
     return Gradients(dx, dweight, dbias)
 
 
@@ -115,8 +131,10 @@ def frozen_backward(
     if dweight is not None or dbias is not None:
         _reduce(plan, dy, x, mean, rstd, weight, dx, dweight, dbias, None)
     elif dx is not None:
-        args = (dy, None, None, rstd, weight, None, dx, *_sizes(plan), plan.apply_tiles)
-        _launch(input_gradient_kernel, (plan.groups, plan.apply_splits), plan, *args)
+        _launch(
+            input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
+            dy, None, None, rstd, weight, None, dx, *_sizes(plan), plan.apply_tiles,
+        )  # fmt: skip
     return Gradients(dx, dweight, dbias)
 
 
@@ -130,20 +148,19 @@ def plan_for(operation: Operation, x: Tensor, memory_format: torch.memory_format
     return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device))
 
 
-def _reduce(plan: Plan, dy: Tensor, x: Tensor, *args: Tensor | None) -> None:
-    workspace, ticket = _workspace(x, plan, 2), _tickets(x, plan.groups)
-    args = (dy, x, *args, workspace, ticket)
-    grid = (plan.groups, plan.splits)
-    _launch(gradient_sums_kernel, grid, plan, *args, *_sizes(plan), plan.reduce_tiles, BLOCK_P=plan.merge_block)
+def _reduce(plan: Plan, dy: Tensor, x: Tensor, *vectors: Tensor | None) -> None:
+    _launch(
+        gradient_sums_kernel, (plan.groups, plan.splits), plan,
+        dy, x, *vectors, _workspace(x, plan, 2), _tickets(x, plan.groups),
+        *_sizes(plan), plan.reduce_tiles, BLOCK_P=plan.merge_block,
+    )  # fmt: skip
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: int) -> None:
     """The one place where a kernel starts: on the device of its first argument."""
     x = args[0]
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return _launch(kernel, grid, plan, *args, **constants)
-    kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, enable_fp_fusion=True)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, **OPTIONS)
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:

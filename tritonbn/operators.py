@@ -55,7 +55,9 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=autograd.memory_format_of(x))
-    updated = [torch.empty_like(s) if s is not None and training else x.new_empty(0) for s in (running_mean, running_var)]
+    updated = [
+        torch.empty_like(s) if s is not None and training else x.new_empty(0) for s in (running_mean, running_var)
+    ]
     return y, _vector(x), _vector(x), updated[0], updated[1]
 
 
@@ -110,4 +112,3 @@ def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...
 
 
 batch_norm.register_autograd(_backward, setup_context=_setup)
-

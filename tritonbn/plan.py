@@ -14,17 +14,20 @@ Operation = Literal["forward", "backward", "inference"]
 Layout = Literal["rows", "planes"]
 Path = Literal["single", "split"]
 
-# Bytes of each operand that a thread has in flight: two 128-bit loads. Accumulators are fp32, so 16-bit inputs
-# hold 16 values (2 x 16 registers of sums), which compiles to less than 128 registers.
+WARPS = 8
+# Bytes of a tile that a thread holds: two 128-bit loads. Accumulators are fp32, so 16-bit inputs make 2 x 16 registers
+# of sums, and reductions need less than 128. Narrow accesses need an address each: half as much.
 BYTES_PER_THREAD = 32
-# A program keeps its first tile in registers until it has the statistics; so much of x spills nowhere with 16 warps.
-RESIDENT_BYTES = {"forward": 32 << 10, "inference": 32 << 10, "backward": 16 << 10}
+NARROW_BYTES_PER_THREAD = 16
+# A slice up to here is one tile, read once: a program keeps its first tile in registers until it has the statistics.
+# Twice as much spills in some kernels (folded tiles, 16 warps).
+RESIDENT_BYTES = 16 << 10
 # Up to here one program streams its slice in less time than a second launch takes (about 3 us at 20 GB/s).
 SMALL_SLICE = 64 << 10
 # Up to here the slices of all running programs (two per SM) stay in an L2 of 50 MB, so the second pass finds them.
 L2_SLICE = 128 << 10
-# Widest folded row: beyond, a lane block no longer holds whole rows and padding costs more than narrow loads.
-MAX_LANES = 2048
+# The widest row of a folded tile: one tile of 8 warps. Odd planes beyond it are read an element at a time.
+MAX_LANE_BYTES = 8 << 10
 # Elements per sample, rows and groups stay below this, so that 32-bit indices inside a tile cannot overflow.
 INDEX_LIMIT = 1 << 30
 
@@ -129,7 +132,7 @@ def make_plan(
     layout: Layout,
     shape: tuple[int, int, int],
     itemsize: int,
-    device: Device = Device(),  # noqa: B008 (frozen)
+    device: Device = Device(),
 ) -> Plan:
     """The plan for `operation` on `[N, C, S]` with elements of `itemsize` bytes.
 
@@ -156,19 +159,19 @@ def _make_plan(
     extent = S if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
     groups = -(-C // tile.GROUP)
     lane_blocks = -(-extent // tile.BLOCK_L)
+    per_thread = BYTES_PER_THREAD if tile.V * itemsize >= 8 else NARROW_BYTES_PER_THREAD
 
     def in_rows(elements: int) -> int:
         return max(1, min(_power_of_two(rows), elements // tile.BLOCK_L))
 
     if path is None:
         path = _path(groups, rows * extent * itemsize, device)
-    resident = in_rows(RESIDENT_BYTES[operation] // itemsize)
+    resident = in_rows(RESIDENT_BYTES // itemsize)
     if path == "single" and operation != "inference" and lane_blocks == 1 and resident >= rows:
         block_r = resident
-    else:  # streaming: 8 warps
-        block_r = in_rows(256 * BYTES_PER_THREAD // itemsize)
-    elements = block_r * tile.BLOCK_L
-    num_warps = max(1, min(16, elements * itemsize // (32 * BYTES_PER_THREAD)))
+    else:
+        block_r = in_rows(32 * WARPS * per_thread // itemsize)
+    num_warps = max(1, min(WARPS, block_r * tile.BLOCK_L * itemsize // (32 * per_thread)))
 
     tiles = -(-rows // block_r) * lane_blocks
     if splits is None:  # the fewest programs that fill the GPU: the last one merges what all of them found
@@ -192,29 +195,27 @@ def _geometry(N: int, C: int, S: int, itemsize: int) -> tuple[Tile, int]:
     vector = 16 // itemsize
     in_plane, in_sample = gcd(S, vector), gcd(C * S, vector)
     fold = gcd(N, vector // in_sample)  # so many samples side by side make a row that vectors divide better
-    if fold > 1 and fold * C * S <= MAX_LANES and gcd(fold * C * S, vector) > in_plane:
+    if fold > 1 and fold * C * S * itemsize <= MAX_LANE_BYTES and gcd(fold * C * S, vector) > in_plane:
         return _tile(C, S, fold, gcd(fold * C * S, vector), C * S * fold), fold * C * S // gcd(fold * C * S, vector)
     if S == 1 and C > 1:  # narrow blocks give a short batch more programs, wide ones a long batch whole cache lines
         lanes = min(32 if N <= 512 else 64, _power_of_two(C))
         return Tile(lanes, 1, 1, in_sample, 1, lanes, lanes, 1), C // in_sample
-    group = _channel_group(C, S, vector, in_sample)
+    group = _channel_group(C, S, vector, in_sample, MAX_LANE_BYTES // itemsize)
     if group > 1:
         return _tile(group, S, 1, in_sample, group * S), C * S // in_sample
     return Tile(1, 1, 1, in_plane, 1, _lane_block(S), 1, 1), S // in_plane
 
 
 def _tile(group: int, span: int, fold: int, vector: int, lanes: int) -> Tile:
-    return Tile(
-        group, span, fold, vector, 1, _power_of_two(lanes), _power_of_two(group), _power_of_two(span * fold)
-    )
+    return Tile(group, span, fold, vector, 1, _power_of_two(lanes), _power_of_two(group), _power_of_two(span * fold))
 
 
-def _channel_group(C: int, S: int, vector: int, in_sample: int) -> int:
-    """Channels whose planes together are whole vectors and fill 3/4 of a power of two of lanes; 1: planes do as well."""
+def _channel_group(C: int, S: int, vector: int, in_sample: int, most: int) -> int:
+    """Channels whose planes together are whole vectors and fill most of a power of two; 1 where single planes do."""
     if in_sample == gcd(S, vector) and S >= 128:
         return 1
     step = in_sample // gcd(S, in_sample)
-    candidates = [g for g in range(step, C + step, step) if min(128, C * S) <= g * S <= MAX_LANES]
+    candidates = [g for g in range(step, C + step, step) if min(128, C * S) <= g * S <= most]
     full = [g for g in candidates if 4 * g * S >= 3 * _power_of_two(g * S)]
     return min(full or candidates[:1] or [1])
 

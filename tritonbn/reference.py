@@ -41,9 +41,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - _per_channel(mean, x)).square().mean(dims)
 
 
-def updated_statistics(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
-) -> tuple[Tensor, Tensor]:
+def updated_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
     """Running mean and variance [C] after a training step: (1 - momentum) * old + momentum * new, unbiased variance."""
     mean, var = batch_statistics(x)
     n = x.numel() // x.shape[1]
@@ -63,8 +61,15 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) of `batch_norm` as differentiable functions of dy, x and weight; shapes as x, [C], [C].
 
-    Without mean and rstd [C] the statistics are those of the batch, and functions of x.
+    Without mean and rstd [C] the statistics are those of the batch, and functions of x. Computed in float32 at least;
+    returned in the dtypes of x, weight and weight.
     """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if dtype != x.dtype:
+        w, m, r = (t if t is None else t.to(dtype) for t in (weight, mean, rstd))
+        dx, dweight, dbias = gradients(dy.to(dtype), x.to(dtype), w, m, r, eps)
+        parameter_dtype = x.dtype if weight is None else weight.dtype
+        return dx.to(x.dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype)
     dims = [d for d in range(x.dim()) if d != 1]
     training = mean is None or rstd is None
     if mean is None or rstd is None:

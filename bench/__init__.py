@@ -1,0 +1,1 @@
+"""Benchmarks of tritonbn: `python -m bench --help` lists them."""

@@ -1,0 +1,48 @@
+"""The command line: `python -m bench <command>`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from bench.errors import BenchError
+
+# Each is a module bench.<name> with add_arguments(parser) and run(args) -> exit code.
+SUBJECTS = {
+    "mnist": "train the paper's MNIST network without batch norm, with torch's and with ours",
+    "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
+}
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of tritonbn.")
+    commands = parser.add_subparsers(dest="subject", metavar="command", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in SUBJECTS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            # Only the chosen subject is imported: --help must not wait for torch and matplotlib.
+            subject = importlib.import_module(f"bench.{name}")
+            subject.add_arguments(command)
+    args = parser.parse_args(argv)
+    return int(subject.run(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("bench", "tritonbn"):
+            raise
+        print(f'error: {error.name} is missing: pip install -e ".[bench]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

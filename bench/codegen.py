@@ -1,0 +1,293 @@
+"""What the compiler makes of every kernel: registers, spills and access widths, for any GPU, on any machine.
+
+The launches are the library's own, recorded on meta tensors, so the table shows what would run. Widths are those of the
+full-tensor accesses alone: machine code is attributed to source lines, and the tiles are loaded and stored in two
+functions of `kernels/tiles.py`.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tritonbn import launch
+from tritonbn.kernels import tiles
+from tritonbn.plan import Plan, forced
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+
+# [N, C, ...]; ResNet-50 at batch 256 has all but the 112 x 112 one in several layers.
+RESNET50 = [
+    (256, 64, 112, 112), (256, 64, 56, 56), (256, 128, 56, 56), (256, 256, 56, 56), (256, 128, 28, 28),
+    (256, 256, 28, 28), (256, 512, 28, 28), (256, 256, 14, 14), (256, 512, 14, 14), (256, 1024, 14, 14),
+    (256, 512, 7, 7), (256, 2048, 7, 7),
+]  # fmt: skip
+FULLY_CONNECTED = [
+    (60, 100),
+    (61, 100),
+    (256, 1000),
+    (4096, 1024),
+    (100_000, 32),
+    (140_000, 1),
+    (64, 3),
+    (60, 7),
+]
+AWKWARD = [
+    (32, 128, 16384), (4, 24, 160, 256), (64, 16, 224, 224), (4096, 2, 49), (32, 2048, 7, 7), (64, 256, 14, 14),
+    (70, 32, 100, 100, 100), (8, 192, 17, 17), (8, 192, 35, 35), (5, 3, 13), (2, 1, 37, 41),
+]  # fmt: skip
+SUBSET = [
+    (60, 100),
+    (256, 1024, 14, 14),
+    (256, 512, 7, 7),
+    (256, 64, 56, 56),
+    (4096, 2, 49),
+    (32, 192, 17, 17),
+]
+
+
+class Launch(NamedTuple):
+    """One recorded launch: its kernel by name, so that worker processes can find it, and its compile-time side."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+
+
+class Case(NamedTuple):
+    """A launch, and the problem that it came from."""
+
+    launch: Launch
+    plan: Plan
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def cases(shapes: list[tuple[int, ...]], dtypes: list[str]) -> Iterator[Case]:
+    """Every launch of forward, backward, inference and frozen backward, in both layouts where there are two."""
+    for shape in shapes:
+        formats = [torch.contiguous_format]
+        if len(shape) > 3 and shape[1] > 1:
+            formats.append(torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+        for memory_format in formats:
+            for dtype in dtypes:
+                for recorded, plan in record(shape, DTYPES[dtype], memory_format):
+                    yield Case(recorded, plan, dtype, shape)
+
+
+def record(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format
+) -> Iterator[tuple[Launch, Plan]]:
+    """The launches for one input, both paths where the plan would take one launch and two are possible."""
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    w, b, mean, var = torch.empty((4, shape[1]), dtype=parameter, device="meta")
+    calls: list[tuple[Launch, Plan]] = []
+    everything = (True, True, True)
+    with recording(calls):
+        own_path = launch.plan_for("forward", x, memory_format).path
+        for path in ("split", "single") if own_path == "single" else ("split",):
+            with forced(path):
+                launch.forward(x, w, b, mean, var, 0.1, 1e-5, memory_format)
+                launch.backward(x, x, w, mean, var, parameter, everything, memory_format)
+        launch.inference(x, w, b, mean, var, 1e-5, memory_format, keep=True)
+        launch.frozen_backward(x, x, w, mean, var, parameter, everything, memory_format)
+        launch.frozen_backward(x, x, w, mean, var, parameter, (True, False, False), memory_format)
+    yield from dict.fromkeys(calls)
+
+
+@contextmanager
+def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
+    """Within, launches are written down instead of started."""
+
+    def note(kernel: Any, grid: Any, plan: Plan, *args: Any, **constants: int) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
+        signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
+        calls.append((Launch(kernel.__name__, signature, tuple(fixed.items()), plan.num_warps), plan))
+
+    real = launch._launch
+    launch._launch = note
+    try:
+        yield
+    finally:
+        launch._launch = real
+
+
+def _kind(value: torch.Tensor | float | int) -> str:
+    """The type that Triton gives an argument at launch; sizes are not specialized."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS.get(value.dtype, "*i32")
+    if isinstance(value, float):
+        return "fp64"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def compile_for(recorded: Launch, target: str) -> dict[str, int | None]:
+    """registers, spills, shared_bytes, load_bits and store_bits (the narrowest full-tensor access) on `target`."""
+    kernel = _kernels()[recorded.kernel]
+    signature = dict(recorded.signature) | {name: "constexpr" for name, _ in recorded.constants}
+    at = kernel.arg_names.index
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs={(at(name),): value for name, value in recorded.constants},
+        attrs={(at(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")},
+    )
+    options = launch.OPTIONS | {"num_warps": recorded.num_warps}
+    if TARGETS[target].backend == "hip":
+        options.pop("maxnreg", None)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    facts = _read_amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_nvidia(compiled.asm["cubin"])
+    return facts | {"shared_bytes": compiled.metadata.shared}
+
+
+def _kernels() -> dict[str, Any]:
+    return {name: value for name, value in vars(launch).items() if name.endswith("_kernel")}
+
+
+def _read_nvidia(cubin: bytes) -> dict[str, int | None]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", path], text=True, stderr=subprocess.STDOUT)
+        sass = subprocess.check_output([tools / "nvdisasm", "-c", "-g", path], text=True, stderr=subprocess.DEVNULL)
+    widths: dict[str, list[int]] = {"load": [], "store": []}
+    function = None
+    for line in sass.splitlines():
+        if found := re.search(r'//## File "(.*?)", line (\d+)', line):
+            function = _tile_function(found[1], int(found[2]))
+        elif function and (found := re.search(r"\b(?:LDG|LDGSTS|STG)\b([\w.]*)", line)):
+            widths[function].append(_sass_bits(found[1]))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return {"registers": int(registers[1]), "spills": spills, **_narrowest(widths)}
+
+
+def _sass_bits(suffix: str) -> int:
+    """.E.128 -> 128, .E.U16 -> 16, .E -> 32."""
+    found = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", suffix)
+    return int(found[1]) if found else 32
+
+
+def _read_amd(assembly: str) -> dict[str, int | None]:
+    bits = {"ubyte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    widths: dict[str, list[int]] = {"load": [], "store": []}
+    function = None
+    for line in assembly.splitlines():
+        if found := re.search(r"^\s*\.loc\s.*;\s*([\w./]+):(\d+):", line):
+            if found[2] != "0":  # line 0: the compiler's own, inside whatever came before
+                function = _tile_function(found[1], int(found[2]))
+        elif function and (found := re.search(r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", line)):
+            widths[found[1]].append(bits[found[2]])
+    counts = {key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count")}
+    registers, spills = (int(found[1]) if found else 0 for found in counts.values())
+    return {"registers": registers, "spills": spills, **_narrowest(widths)}
+
+
+def _tile_function(file: str, line: int) -> str | None:
+    """load, store, or neither: which of the two tile functions a source line belongs to."""
+    if Path(file).name != "tiles.py":
+        return None
+    for name, function in (("load", tiles.load_tile), ("store", tiles.store_tile)):
+        source, first = inspect.getsourcelines(function.fn)
+        if first <= line < first + len(source):
+            return name
+    return None
+
+
+def _narrowest(widths: dict[str, list[int]]) -> dict[str, int | None]:
+    return {f"{name}_bits": min(found, default=None) for name, found in widths.items()}
+
+
+def rows(chosen: list[Case], targets: list[str], workers: int, console: Console) -> Iterator[dict[str, Any]]:
+    """A row per case and target; equal compilations are done once."""
+    wanted = list(dict.fromkeys((case.launch, target) for case in chosen for target in targets))
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(compile_for, *zip(*wanted, strict=True), chunksize=4)
+        quiet = not console.is_terminal
+        facts = dict(zip(wanted, track(results, "compiling", len(wanted), console=console, disable=quiet), strict=True))
+    for case in chosen:
+        for target in targets:
+            found = facts[case.launch, target]
+            yield {
+                "kernel": case.launch.kernel, "path": case.plan.path, "layout": case.plan.layout, "dtype": case.dtype,
+                "shape": list(case.shape), "target": target, "registers": found["registers"],
+                "spills": found["spills"], "shared_bytes": found["shared_bytes"], "load_bits": found["load_bits"],
+                "store_bits": found["store_bits"], "shape_allows_bits": case.plan.access_bits,
+                "geometry": case.plan.geometry, "num_warps": case.launch.num_warps,
+            }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", choices=[*TARGETS, "all"], default="sm_90", help="GPU to compile for")
+    parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
+    parser.add_argument("--subset", action="store_true", help="a few telling shapes instead of all")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="compilations at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 1 if any row spills or accesses memory in narrower pieces than its shape allows."""
+    console = Console()
+    if launch.INTERPRETED:
+        print("codegen compiles the kernels: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    targets = list(TARGETS) if args.target == "all" else [args.target]
+    dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
+    chosen = list(cases(SUBSET if args.subset else RESNET50 + FULLY_CONNECTED + AWKWARD, dtypes))
+    found = list(rows(chosen, targets, args.workers, console))
+    console.print(table(found))
+    spilling = [row for row in found if row["spills"]]
+    narrow = [row for row in found if _is_narrow(row)]
+    console.print(
+        f"{len(found)} rows, {len({(c.launch) for c in chosen}) * len(targets)} compilations: {len(spilling)} spill, "
+        f"{len(narrow)} access memory in narrower pieces than the shape allows"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if spilling or narrow else 0
+
+
+def _is_narrow(row: dict[str, Any]) -> bool:
+    return any(bits is not None and bits < row["shape_allows_bits"] for bits in (row["load_bits"], row["store_bits"]))
+
+
+def table(found: list[dict[str, Any]]) -> Table:
+    """Rows as a table; equal neighbours in all but dtype are not merged: each line is one compilation's facts."""
+    names = ["kernel", "path", "layout", "dtype", "shape", "target", "registers", "spills", "shared_bytes", "load_bits",
+             "store_bits", "shape_allows_bits"]  # fmt: skip
+    result = Table(*names, box=None, header_style="bold")
+    for row in found:
+        cells = [
+            "x".join(map(str, row[n])) if n == "shape" else str(row[n] if row[n] is not None else "-") for n in names
+        ]
+        result.add_row(*cells, style="red" if row["spills"] or _is_narrow(row) else None)
+    return result

@@ -1,0 +1,78 @@
+"""Results as tables."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from bench.agreement import Finding
+from bench.measure import quartiles
+from bench.training import ARMS, Row
+
+LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm1d", "tritonbn": "tritonbn"}
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """One line per arm; with several seeds the mean and the range over them."""
+    seeds = len({row["seed"] for row in rows})
+    table = Table(
+        title=f"{rows[0]['steps']:,} steps, " + (f"{seeds} seeds: mean (range)" if seeds > 1 else "1 seed"),
+        caption="step time: median (quartiles) over blocks; evaluation not counted",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("arm", no_wrap=True)
+    for title in ("steps/s", "images/s", "step time\n/ no BN", "test\naccuracy", "steps\nto 90%"):
+        table.add_column(title, justify="right", overflow="fold")
+    separator = "\n" if seeds > 1 else " "  # two lines keep the ranges within 80 columns
+    for arm in ARMS:
+        mine = [row for row in rows if row["arm"] == arm]
+        ratio = quartiles([value for row in mine for value in row["step_time_to_none"]])
+        images_per_second = sum(row["images_per_second"] for row in mine) / len(mine)
+        table.add_row(
+            LABELS[arm],
+            spread([row["steps_per_second"] for row in mine], "{:.0f}", separator),
+            f"{images_per_second:,.0f}",
+            "1" if arm == "none" else f"{ratio.median:.2f}{separator}({ratio.low:.2f}-{ratio.high:.2f})",
+            spread([row["test_accuracy"] for row in mine], "{:.2f}%", separator),
+            arrivals([row["steps_to_90"] for row in mine], separator),
+        )
+    return table
+
+
+def spread(values: Sequence[float], text: str, separator: str) -> str:
+    mean = text.format(sum(values) / len(values))
+    if len(values) == 1:
+        return mean
+    low, high = (text.rstrip("%").format(value) for value in (min(values), max(values)))
+    return f"{mean}{separator}({low}-{high})"
+
+
+def arrivals(steps: Sequence[int | None], separator: str) -> str:
+    arrived = [step for step in steps if step is not None]
+    if len(arrived) == len(steps):
+        return spread(arrived, "{:.0f}", separator)
+    return "never" if not arrived else f"never in{separator}{len(steps) - len(arrived)} of {len(steps)}"
+
+
+def agreement(findings: Sequence[Finding]) -> Table:
+    table = Table(
+        title="does tritonbn follow nn.BatchNorm1d with the same seed?",
+        caption="evaluated each 100 steps up to 2,000, then each 500",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("compared")
+    table.add_column("allowed", justify="right")
+    table.add_column("largest seen", justify="right")
+    table.add_column("result")
+    for finding in findings:
+        table.add_row(
+            finding.what,
+            f"{finding.allowed:g} {finding.unit}",
+            f"{finding.worst:.2g}",
+            "pass" if finding.passed else "FAIL",
+        )
+    return table

@@ -1,0 +1,46 @@
+"""Closeness is measured, not guessed: our error against the exact result, beside torch's own error."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Distance(NamedTuple):
+    """Largest errors against the exact result, and one ulp of its largest value."""
+
+    ours: float
+    torchs: float
+    ulp: float
+
+    def worst(self, other: "Distance") -> "Distance":
+        return Distance(*map(max, self, other))
+
+    def is_fine(self, slack: float = 2.0) -> bool:
+        return self.ours <= slack * self.torchs + self.ulp
+
+
+def distance(ours: Tensor, theirs: Tensor, exact: np.ndarray, what: str = "") -> Distance:
+    """`exact` is at least float64 (longdouble for float64 results); where it is not finite, ours must be the same."""
+    assert ours.dtype == theirs.dtype, f"{what}: expected {theirs.dtype}, got {ours.dtype}"
+    assert ours.shape == theirs.shape, f"{what}: expected {theirs.shape}, got {ours.shape}"
+    finite = np.isfinite(exact)
+    mine, torchs = wide(ours), wide(theirs)
+    np.testing.assert_array_equal(mine[~finite], exact[~finite].astype(mine.dtype), err_msg=f"{what}: NaN or infinity")
+    if not finite.any():
+        return Distance(0.0, 0.0, 0.0)
+    assert np.isfinite(mine[finite]).all(), f"{what}: NaN or infinity where the exact result is finite"
+    error, allowed = (float(np.abs(t - exact)[finite].max()) for t in (mine, torchs))
+    return Distance(error, allowed, torch.finfo(ours.dtype).eps * float(np.abs(exact[finite]).max()))
+
+
+def assert_as_good_as(ours: Tensor, theirs: Tensor, exact: np.ndarray, slack: float = 2.0, what: str = "") -> None:
+    """Error against `exact` at most `slack` times that of torch, plus one ulp of the largest value."""
+    found = distance(ours, theirs, exact, what)
+    assert found.is_fine(slack), f"{what}: error {found.ours:.3g}, torch's {found.torchs:.3g}, one ulp {found.ulp:.3g}"
+
+
+def wide(t: Tensor) -> np.ndarray:
+    """The values of t as longdouble."""
+    return t.detach().double().cpu().numpy().astype(np.longdouble)

@@ -1,0 +1,47 @@
+"""Where the tests run: on the GPU when there is one, else in Triton's interpreter on CPU tensors."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
+
+from tritonbn import launch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two workers on two cores: threads of torch's own would only fight."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN (and -1 in integers), so an element that no kernel writes fails the comparison."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+            fresh = make(*args, **kwargs)
+            return fresh.fill_(float("nan") if fresh.is_floating_point() else -1)
+
+        return wrapper
+
+    class Torch:
+        """torch as `launch` sees it."""
+
+        empty = staticmethod(poisoned(torch.empty))
+        empty_like = staticmethod(poisoned(torch.empty_like))
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+    monkeypatch.setattr(launch, "torch", Torch())

@@ -1,0 +1,236 @@
+"""batch_norm under torch.func, meta and fake tensors, tensor subclasses and torch.compile."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.functional import batch_norm as torch_batch_norm
+from torch.overrides import TorchFunctionMode
+
+import tritonbn
+from tests.parity import (
+    STATISTICS,
+    Call,
+    assert_matches,
+    assert_same_error,
+    channels_last,
+    formats,
+    in_both_modes,
+    make_call,
+    random,
+)
+from tritonbn.functional import batch_norm
+
+
+def transformed(function: Callable[..., Tensor], training: bool, call: Call) -> Callable[..., Tensor]:
+    """(x, w, b) -> y with the statistics of the call; none in training, where they would be written."""
+    statistics = (None, None) if training else (call.running_mean, call.running_var)
+    return lambda x, w, b: function(x, *statistics, w, b, training)
+
+
+def flat(results: Any) -> dict[str, Tensor]:
+    """All tensors of a nested tuple, numbered."""
+    leaves = torch.utils._pytree.tree_leaves(results)
+    return {str(index): leaf.detach() for index, leaf in enumerate(leaves)}
+
+
+def tangents(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(random(*tensor.shape, seed=20 + i).to(tensor) for i, tensor in enumerate(arguments))
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]] = {
+    "jvp": lambda f, args: jvp(f, args, tangents(args)),
+    "vjp": lambda f, args: vjp(f, *args)[1](tangents(args)[0]),
+    "grad": lambda f, args: grad(lambda *a: f(*a).sin().sum(), argnums=(0, 1, 2))(*args),
+    "jacrev": lambda f, args: jacrev(f, argnums=(0, 1))(*args),
+    "jacfwd": lambda f, args: jacfwd(f, argnums=(0, 1))(*args),
+    "hessian": lambda f, args: hessian(lambda *a: f(*a).sin().sum(), argnums=(0, 1))(*args),
+    "per-sample-grad": lambda f, args: vmap(
+        grad(lambda w, b, x: f(x[None], w, b).sin().sum(), argnums=(0, 1)), in_dims=(None, None, 0)
+    )(args[1], args[2], args[0]),
+    "vmap-over-inputs": lambda f, args: vmap(f, in_dims=(0, None, None))(stacked(args[0]), *args[1:]),
+    "vmap-over-last-dimension": lambda f, args: vmap(f, in_dims=(3, None, None), out_dims=1)(
+        stacked(args[0], dim=3), *args[1:]
+    ),
+    "vmap-over-parameters": lambda f, args: vmap(f, in_dims=(None, 0, 0))(args[0], stacked(args[1]), stacked(args[2])),
+    "vmap-over-everything": lambda f, args: vmap(f)(*(stacked(tensor) for tensor in args)),
+}
+
+
+def stacked(tensor: Tensor, dim: int = 0) -> Tensor:
+    return torch.stack([tensor, tensor * 2 - 1], dim)
+
+
+@in_both_modes
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_function_transforms(
+    transform: Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any],
+    training: bool,
+    device: torch.device,
+) -> None:
+    call = make_call((2, 2, 3), device)
+
+    def run(function: Callable[..., Tensor], call: Call) -> dict[str, Tensor]:
+        arguments = tuple(call.given("input", "weight", "bias").values())
+        return flat(transform(transformed(function, training, call), arguments))
+
+    assert_matches(run(batch_norm, call), run(torch_batch_norm, call.exact()))
+
+
+def test_vmap_with_batched_statistics_updates_each(device: torch.device) -> None:
+    def run(function: Callable[..., Tensor], call: Call) -> dict[str, Tensor]:
+        mean, var = (stacked(tensor) for tensor in call.given(*STATISTICS).values())
+        y = vmap(lambda x, m, v: function(x, m, v, training=True))(stacked(call.input), mean, var)
+        return {"y": y, "mean": mean, "var": var}
+
+    call = make_call((2, 3, 4), device)
+    assert_matches(run(batch_norm, call), run(torch_batch_norm, call.exact()))
+
+
+def test_vmap_with_shared_statistics_raises_as_torch(device: torch.device) -> None:
+    def run(function: Callable[..., Tensor]) -> Tensor:
+        call = make_call((2, 3, 4), device)
+        shared = call.given(*STATISTICS)
+        return vmap(lambda x: function(x, **shared, training=True))(stacked(call.input))
+
+    assert_same_error(partial(run, batch_norm), partial(run, torch_batch_norm))
+
+
+def test_grad_over_a_training_module_raises_as_torch(device: torch.device) -> None:
+    def run(kind: type[torch.nn.Module]) -> Any:
+        module = kind(3, device=device)
+        x = random(4, 3).to(device, torch.float32)
+        return grad(lambda p: functional_call(module, p, (x,)).sum())(dict(module.named_parameters()))
+
+    assert_same_error(partial(run, tritonbn.BatchNorm1d), partial(run, torch.nn.BatchNorm1d))
+
+
+def test_grad_over_a_module_in_eval(device: torch.device) -> None:
+    def run(kind: type[torch.nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
+        module = kind(3, device=device, dtype=dtype).eval()
+        x = random(4, 3).to(device, dtype)
+        result: dict[str, Tensor] = grad(lambda p: functional_call(module, p, (x,)).sin().sum())(
+            dict(module.named_parameters())
+        )
+        return result
+
+    assert_matches(run(tritonbn.BatchNorm1d, torch.float32), run(torch.nn.BatchNorm1d, torch.float64))
+
+
+def without_values(function: Callable[..., Tensor], x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    """Output and input gradient of a call on tensors that hold no values."""
+    mean, var, weight, bias = (torch.ones(3, device=x.device) for _ in range(4))
+    leaf = x.detach().requires_grad_()
+    y = function(leaf, mean, var, weight, bias, training)
+    return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
+
+
+def assert_like(ours: Tensor, theirs: Tensor, x: Tensor) -> None:
+    """Shape, dtype and device of torch's; the format of x or torch's: 2.13 loses it in some gradients."""
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    assert formats(ours) in (formats(x), formats(theirs))
+
+
+@in_both_modes
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("context", [nullcontext, FakeTensorMode], ids=["meta", "fake"])
+def test_tensors_without_values_have_shape_dtype_and_format(
+    context: Callable[[], Any],
+    dtype: torch.dtype,
+    layout: Callable[[Tensor], Tensor],
+    training: bool,
+    device: torch.device,
+) -> None:
+    where = device if context is FakeTensorMode else torch.device("meta")
+    with context():
+        x = layout(torch.empty(2, 3, 4, 4, dtype=dtype, device=where))
+        ours = without_values(batch_norm, x, training)
+        theirs = without_values(torch_batch_norm, x, training)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_like(mine, other, x)
+        assert mine.dtype == dtype
+
+
+def test_cumulative_module_under_fake_tensors(device: torch.device) -> None:
+    with FakeTensorMode():
+        module = tritonbn.BatchNorm2d(3, momentum=None, device=device)
+        y = module(torch.empty(2, 3, 4, 4, device=device))
+    assert y.shape == (2, 3, 4, 4)
+
+
+class Tagged(Tensor):
+    """A tensor subclass that keeps its type through every torch function."""
+
+
+@in_both_modes
+def test_tensor_subclass_is_kept(training: bool, device: torch.device) -> None:
+    call = make_call((4, 3), device, training=training)
+    x = call.input.as_subclass(Tagged)
+    y = batch_norm(x, **call.given(*STATISTICS, "weight", "bias"), training=training)
+    assert type(y) is Tagged
+    expected = make_call((4, 3), device, training=training).exact().run(torch_batch_norm)["output"]
+    assert_matches({"y": y.as_subclass(Tensor)}, {"y": expected})
+
+
+def test_parameter_that_is_a_subclass_decides_the_type(device: torch.device) -> None:
+    call = make_call((4, 3), device)
+    assert call.weight is not None
+    y = batch_norm(call.input, None, None, call.weight.as_subclass(Tagged), training=True)
+    assert type(y) is Tagged
+
+
+def test_function_mode_sees_one_call(device: torch.device) -> None:
+    names: list[str] = []
+
+    class Log(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    call = make_call((4, 3), device)
+    with Log():
+        batch_norm(call.input, None, None, training=True)
+    assert names[0] == "batch_norm"
+
+
+def test_device_context_does_not_interfere(device: torch.device) -> None:
+    call = make_call((4, 3), device, backward=False, training=True)
+    expected = call.exact().run(torch_batch_norm)
+    with torch.device("meta"):
+        ours = call.run(batch_norm)
+    assert_matches(ours, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["planes", "rows"])
+@in_both_modes
+def test_compiled_function(training: bool, layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(batch_norm, backend="aot_eager", fullgraph=True)
+    call = make_call((2, 3, 4, 3), device, training=training)
+    call = replace(call, input=layout(call.input))
+    ours = call.run(compiled)
+    assert_matches(ours, call.exact().run(torch_batch_norm))
+    assert formats(ours["output"]) == formats(call.input)
+
+
+def test_compiled_function_with_dynamic_sizes(device: torch.device) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(batch_norm, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (3, 4, 6):
+        call = make_call((size, 3, size + 2), device, training=True)
+        assert_matches(call.run(compiled), call.exact().run(torch_batch_norm))
+
+
+def test_compiled_function_raises_on_one_value_per_channel(device: torch.device) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(batch_norm, backend="aot_eager")
+    with pytest.raises(Exception, match="Expected more than 1 value per channel"):
+        compiled(torch.zeros(1, 3, device=device), None, None, training=True)
