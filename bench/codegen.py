@@ -277,6 +277,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_narrow(row: dict[str, Any]) -> bool:
+    if row["load_bits"] is None:  # every kernel loads tiles: their code was not recognized
+        return True
     return any(bits is not None and bits < row["shape_allows_bits"] for bits in (row["load_bits"], row["store_bits"]))
 
 

@@ -72,7 +72,7 @@ def test_only_the_input_is_saved_in_full(training: bool, device: torch.device) -
     assert [tensor.data_ptr() for tensor in large] == [call.input.data_ptr()]
 
 
-def graph(training: bool, device: torch.device, function: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def graph(training: bool, device: torch.device, function: Callable[..., Tensor]) -> tuple[dict[str, Any], Any]:
     """The tensors of a call in the graph, and its output."""
     call = make_call((4, 3, 5), device, training=training)
     tensors = {name: tensor.requires_grad_() for name, tensor in call.given(*LEAVES).items()}
@@ -88,7 +88,8 @@ def test_output_may_be_changed_in_place(
     def gradient(function: Callable[..., Tensor]) -> Tensor:
         tensors, y = graph(training, device, function)
         weights = random(4, 3, 5, seed=5).to(y)
-        return torch.autograd.grad((change(y) * weights).sum(), tensors["input"])[0]
+        (result,) = torch.autograd.grad((change(y) * weights).sum(), [tensors["input"]])
+        return result
 
     assert_matches({"gx": gradient(batch_norm)}, {"gx": gradient(torch_batch_norm)})
 

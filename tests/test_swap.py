@@ -380,7 +380,8 @@ def test_compiled_model_runs_ours_after_converting(device: torch.device) -> None
 def test_sync_batch_norm_takes_over_our_tensors() -> None:
     model = tritonbn.convert(nn.Sequential(nn.BatchNorm2d(3, momentum=None).eval(), nn.BatchNorm1d(3, affine=False)))
     tensors = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    sync: Any = nn.SyncBatchNorm
+    synced = sync.convert_sync_batchnorm(model)
     assert [type(m) for m in synced] == [nn.SyncBatchNorm] * 2
     assert {name: id(tensor) for name, tensor in synced.state_dict(keep_vars=True).items()} == tensors
     assert synced[0].momentum is None

@@ -275,12 +275,14 @@ def test_statistics_that_require_grad_alone_as_torch(training: bool, device: tor
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_with_tangents_raise_in_eval(name: str, device: torch.device) -> None:
+    make_dual: Any = forward_mode.make_dual
+
     def call(function: Callable[..., Tensor]) -> Tensor:
         arguments = wrong_call({}, device)
         with forward_mode.dual_level():
             for dual in ("input", name):
                 tensor = arguments[dual]
-                arguments[dual] = forward_mode.make_dual(tensor, torch.ones_like(tensor))
+                arguments[dual] = make_dual(tensor, torch.ones_like(tensor))
             return function(**arguments)
 
     assert_same_error(lambda: call(batch_norm), lambda: call(torch_batch_norm))

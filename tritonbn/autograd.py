@@ -22,7 +22,17 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     """The format of the result for x [N, C, ...], as torch chooses it: channels_last(_3d) is kept, also when gapped."""
     if x.is_contiguous():
         return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return last
     return torch._prims_common.suggest_memory_format(x)
+
+
+def _in_place(statistics: Tensor | None, dense: Tensor | None) -> None:
+    """Bring updated statistics back to the strided tensor they were copied from; torch's update is no new version."""
+    if statistics is not None and dense is not None and statistics is not dense:
+        with torch.no_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(statistics):
+            statistics.copy_(dense)
 
 
 def forward(
@@ -31,12 +41,17 @@ def forward(
     """(y, mean, rstd, x as it was read); x of any strides is copied once unless it is dense in its memory format."""
     memory_format = memory_format_of(x)
     x = x.contiguous(memory_format=memory_format)
-    mean, var, training, momentum, eps = given
-    if training:
-        return *launch.forward(x, weight, bias, mean, var, momentum, eps, memory_format), x
+    weight, bias, mean, var = (
+        None if v is None else v.contiguous() for v in (weight, bias, given.running_mean, given.running_var)
+    )
+    if given.training:
+        results = launch.forward(x, weight, bias, mean, var, given.momentum, given.eps, memory_format)
+        _in_place(given.running_mean, mean)
+        _in_place(given.running_var, var)
+        return *results, x
     assert mean is not None
     assert var is not None
-    return *launch.inference(x, weight, bias, mean, var, eps, memory_format, keep), x
+    return *launch.inference(x, weight, bias, mean, var, given.eps, memory_format, keep), x
 
 
 def backward(
@@ -52,6 +67,7 @@ def backward(
     """Gradients of (x, weight, bias), x as the forward read it; dy of any strides is copied unless dense as x."""
     memory_format = memory_format_of(x)
     dy = dy.contiguous(memory_format=memory_format)
+    weight = None if weight is None else weight.contiguous()
     run = launch.backward if training else launch.frozen_backward
     return run(dy, x, weight, mean, rstd, parameter_dtype, wanted, memory_format)
 

@@ -83,8 +83,10 @@ def _takes_kernels(
     """Whether the kernels can do it, and torch would not refuse; what they leave, torch computes or refuses itself."""
     if not (isinstance(x, Tensor) and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))):
         return False
+    if torch.compiler.is_exporting():  # an exported program must run where we are not installed
+        return False
     numel = x.numel()
-    if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided or x.is_neg():
+    if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
         return False
     N, C = x.shape[0], x.shape[1]
     if numel // N >= INDEX_LIMIT or numel // C >= INDEX_LIMIT * 2 - (1 << 20):
@@ -106,18 +108,21 @@ def _takes_kernels(
 def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
     """Whether weights and statistics are [C] on the device of x, all in its dtype or all in float32 for 16-bit x."""
     given = [v for v in vectors if v is not None]
-    if not given:
-        return True
-    dtype = given[0].dtype
-    if dtype is not x.dtype and not (dtype is torch.float32 and x.itemsize == 2):
-        return False
-    return all(v.dtype is dtype and v.shape == (C,) and v.device == x.device for v in given)
+    allowed = (x.dtype, torch.float32) if x.itemsize == 2 else (x.dtype,)
+    return all(
+        isinstance(v, Tensor)
+        and v.shape == (C,)
+        and v.dtype in allowed
+        and v.dtype == given[0].dtype
+        and v.device == x.device
+        for v in given
+    )
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether no subclass, torch.func transform or forward-mode derivative must see each operation."""
+    """Whether no subclass, lazy negation, torch.func transform or forward-mode derivative must see each operation."""
     return (
-        all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+        all(t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
     )

@@ -99,6 +99,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _, training, _, _ = inputs
     _, mean, rstd, _, _ = output
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.training = training
     ctx.parameter_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
