@@ -18,7 +18,8 @@ def ratio(a, n):
         r = (1.0 / n.to(tl.float32)).to(tl.float64)  # 7 digits, then 14, then all
         r = r * (2.0 - n * r)
         return a * (r * (2.0 - n * r))
-    return a / n
+    else:
+        return a / n
 
 
 @triton.jit

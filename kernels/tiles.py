@@ -9,6 +9,7 @@ folded  otherwise                a lane is (row of FOLD, channel of GROUP, posit
                                  S positions are neighbours, or several short rows of [M, C], read as one wide row
 
 A tile is [lanes, rows], with what is summed along the last axis: sums are trees there, in Triton's interpreter too.
+Where a branch on a constant returns, the other one needs its `else`: Triton compiles what follows a static return.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,8 @@ def widen(x):
     """x in the dtype of the arithmetic: fp64 stays fp64, all others become fp32."""
     if x.dtype == tl.float64:
         return x
-    return x.to(tl.float32)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -81,7 +83,8 @@ def tile_count(R, width, T: tl.constexpr):
     """Tiles of a channel group."""
     if T.GROUP == 1:
         return tl.cdiv(R, T.BLOCK_R) * tl.cdiv(width * T.V, T.BLOCK_L)
-    return tl.cdiv(R, T.BLOCK_R)
+    else:
+        return tl.cdiv(R, T.BLOCK_R)
 
 
 @triton.jit
@@ -93,7 +96,8 @@ def filled(t, R, width, T: tl.constexpr):
         rows = tl.minimum(t // blocks * T.BLOCK_R, R)
         begun = tl.minimum(R - rows, T.BLOCK_R).to(tl.int64) * tl.minimum(t % blocks * T.BLOCK_L, S)
         return rows.to(tl.int64) * S + begun
-    return tl.minimum(t * T.BLOCK_R, R).to(tl.int64) * (T.FOLD * T.SPAN)
+    else:
+        return tl.minimum(t * T.BLOCK_R, R).to(tl.int64) * (T.FOLD * T.SPAN)
 
 
 @triton.jit
@@ -103,7 +107,8 @@ def channels(C, width, T: tl.constexpr):
     c = tl.program_id(0) * T.GROUP + g
     if T.GROUP == T.BLOCK_L:  # lanes are channels: V divides C, and the compiler must know it
         return c, c < width * T.V
-    return c, (g < T.GROUP) & (c < C)
+    else:
+        return c, (g < T.GROUP) & (c < C)
 
 
 @triton.jit
@@ -118,15 +123,16 @@ def fold(v, T: tl.constexpr):
     v = tl.sum(v, 1)  # [BLOCK_L]
     if T.GROUP == 1:
         return tl.sum(v, 0, keep_dims=True)
-    if T.SPAN * T.FOLD == 1:
+    elif T.SPAN * T.FOLD == 1:
         return v
-    g = tl.arange(0, T.BLOCK_G)[:, None]
-    f = tl.arange(0, T.BLOCK_F)[None, :]
-    live = (g < T.GROUP) & (f < T.SPAN * T.FOLD)
-    lane = f // T.SPAN * (T.GROUP * T.SPAN) + g * T.SPAN + f % T.SPAN
-    lane = tl.reshape(tl.where(live, lane, 0), [T.BLOCK_G * T.BLOCK_F])
-    picked = tl.reshape(tl.gather(v, lane, 0), [T.BLOCK_G, T.BLOCK_F])
-    return tl.sum(tl.where(live, picked, 0.0), 1)
+    else:
+        g = tl.arange(0, T.BLOCK_G)[:, None]
+        f = tl.arange(0, T.BLOCK_F)[None, :]
+        live = (g < T.GROUP) & (f < T.SPAN * T.FOLD)
+        lane = f // T.SPAN * (T.GROUP * T.SPAN) + g * T.SPAN + f % T.SPAN
+        lane = tl.reshape(tl.where(live, lane, 0), [T.BLOCK_G * T.BLOCK_F])
+        picked = tl.reshape(tl.gather(v, lane, 0), [T.BLOCK_G, T.BLOCK_F])
+        return tl.sum(tl.where(live, picked, 0.0), 1)
 
 
 @triton.jit
@@ -134,5 +140,6 @@ def spread(v, T: tl.constexpr):
     """Values per channel [BLOCK_G] as a column that broadcasts over a tile: [BLOCK_L, 1], or [1, 1] in planes."""
     if T.GROUP == 1 or T.SPAN * T.FOLD == 1:
         return v[:, None]
-    channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
-    return tl.gather(v, channel, 0)[:, None]
+    else:
+        channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
+        return tl.gather(v, channel, 0)[:, None]
