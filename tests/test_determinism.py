@@ -52,7 +52,7 @@ def test_tickets_return_to_zero(device: torch.device) -> None:
     assert all(int(tickets.abs().sum()) == 0 for tickets in launch._ticket_pool.values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter runs programs one after another")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: programs that run at once")
 def test_many_programs_race_for_the_last_ticket() -> None:
     device = torch.device("cuda")
     layout = Layout((8192, 96))

@@ -33,7 +33,7 @@ def function(training: bool, C: int, device: torch.device) -> torch.nn.Module:
 
     class Call(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            mean, var = torch.linspace(-1, 1, C, device=device).double(), torch.linspace(1, 2, C, device=device).double()
+            mean, var = (torch.linspace(low, 2, C, dtype=torch.float64, device=device) for low in (-1, 1))
             return tritonbn.functional.batch_norm(x, mean, var, weight, bias, training, 0.1, 1e-3)
 
     return Call()

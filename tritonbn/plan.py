@@ -28,6 +28,10 @@ SMALL_SLICE = 64 << 10
 L2_SLICE = 128 << 10
 # The widest row of a folded tile: one tile of 8 warps. Odd planes beyond it are read an element at a time.
 MAX_LANE_BYTES = 8 << 10
+# Tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
+APPLY_TILES = 4
+# The second axis of a CUDA grid.
+GRID_LIMIT = 65535
 # Elements per sample, rows and groups stay below this, so that 32-bit indices inside a tile cannot overflow.
 INDEX_LIMIT = 1 << 30
 
@@ -91,7 +95,7 @@ class Plan:
         return (
             f"{self.operation} {self.layout} {shape} x {self.itemsize} bytes: path {self.path}, {launches} launch"
             f"{'es' if launches == 2 else ''}, {programs} programs of {self.num_warps} warps, {self.geometry} tiles "
-            f"{self.tile.BLOCK_R} x {self.tile.BLOCK_L} ({self.tile.GROUP} channels), "
+            f"{self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), "
             f"{self.access_bits}-bit access"
         )
 
@@ -179,7 +183,7 @@ def _make_plan(
     reduce_tiles = -(-tiles // min(splits, tiles))
     return Plan(
         operation, layout, path, shape, itemsize, rows, width, tile._replace(BLOCK_R=block_r), num_warps, groups,
-        tiles, reduce_tiles, apply_tiles=min(4, tiles), merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
+        tiles, reduce_tiles, apply_tiles=max(min(APPLY_TILES, tiles), -(-tiles // GRID_LIMIT)), merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
     )  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+"""Rules about structure, as tests."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritonbn
+from tritonbn import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+# A file imports only from files further right.
+ORDER = ["__init__", "swap", "modules", "functional", "operators", "autograd", "launch", "reference", "plan", "kernels"]
+KERNEL_ORDER = ["normalize", "backward", "statistics", "tiles"]
+KERNELS = sorted(name for name in vars(launch) if name.endswith("_kernel"))
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports; relative ones with their dots."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", sources("tritonbn"), ids=lambda path: path.stem)
+def test_data_flows_downhill(path: Path) -> None:
+    above = ORDER[: ORDER.index(path.stem) + 1]
+    uphill = {name for name in imports(path) if name.removeprefix("tritonbn.").split(".")[0] in above}
+    assert not {name for name in uphill if name.startswith("tritonbn.")}
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=lambda path: path.stem)
+def test_kernels_import_triton_and_siblings_only(path: Path) -> None:
+    below = KERNEL_ORDER[KERNEL_ORDER.index(path.stem) + 1 :]
+    allowed = ("triton", "typing", *(f".{name}" for name in below))
+    assert all(name.startswith(allowed) for name in imports(path))
+
+
+def test_plan_is_pure_python() -> None:
+    assert not {name for name in imports(ROOT / "tritonbn" / "plan.py") if name.startswith(("torch", "triton."))}
+
+
+def test_nothing_imports_the_other_kernels_package() -> None:
+    files = [path for folder in ("tritonbn", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in files if {n for n in imports(path) if n.split(".")[0] == "kernels"}]
+
+
+def test_kernels_are_a_linked_namespace() -> None:
+    link = ROOT / "tritonbn" / "kernels"
+    assert link.is_symlink()
+    assert str(link.readlink()) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_docstring_has_its_facts(name: str) -> None:
+    """Formula, who owns what, shapes and dtypes, bytes moved."""
+    kernel = getattr(launch, name).fn
+    doc = kernel.__doc__
+    assert "=" in doc.splitlines()[0] or "statistics" in doc.splitlines()[0].lower() or "sums" in doc.splitlines()[0]
+    for fact in (r"Program \(?i", r"\[R, L\] any float", r"\[C\]", r"[Rr]eads (x|dy)"):
+        assert re.search(fact, " ".join(doc.split())), fact
+
+
+@pytest.mark.parametrize("path", [*sources("tritonbn"), *sources("kernels")], ids=lambda path: path.name)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 250
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in tritonbn.__all__:
+        assert getattr(tritonbn, name).__doc__, name
+
+
+def test_import_needs_neither_bench_nor_tests_nor_extras() -> None:
+    script = (
+        "import sys, tritonbn; extras = {'bench', 'tests', 'rich', 'matplotlib', 'sklearn', 'pytest', 'torchvision'};"
+        "print(sorted(extras & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_repository_names_no_machine_and_no_registry() -> None:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    # Spelled in two halves, so that this file passes its own test.
+    unwanted = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot/", "py" + "pi.org", "python" + "hosted")))
+    paths = [ROOT / name for name in listed.stdout.splitlines()]
+    texts = [p for p in paths if p.is_file() and p.suffix in {".py", ".md", ".toml", ".txt", ".yml", ".json", ""}]
+    assert not [str(p) for p in texts if unwanted.search(p.read_text(errors="replace"))]

@@ -1,0 +1,124 @@
+"""Plans by value: what runs, decided without a GPU."""
+
+from math import prod
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritonbn.plan import Device, Plan, forced, make_plan
+
+H200 = Device("NVIDIA H200", 132)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "itemsize", "expected"),
+    [
+        pytest.param("rows", (60, 100, 1), 4, ("single", "column", 128), id="mnist"),
+        pytest.param("rows", (60, 100, 1), 2, ("single", "folded", 128), id="mnist-two-rows-make-whole-vectors"),
+        pytest.param("rows", (61, 100, 1), 2, ("single", "column", 64), id="odd-batch-cannot-pair-rows"),
+        pytest.param("rows", (802_816, 64, 1), 2, ("split", "column", 128), id="channels-last-56x56"),
+        pytest.param("rows", (140_000, 1, 1), 4, ("split", "plane", 128), id="one-channel-is-a-plane"),
+        pytest.param("planes", (256, 64, 12544), 2, ("split", "plane", 128), id="resnet-112x112"),
+        pytest.param("planes", (256, 256, 196), 2, ("split", "folded", 128), id="resnet-14x14"),
+        pytest.param("planes", (256, 512, 49), 2, ("split", "folded", 128), id="resnet-7x7"),
+        pytest.param("planes", (32, 2048, 49), 2, ("single", "folded", 128), id="many-groups-small-slices"),
+        pytest.param("planes", (4096, 2, 49), 2, ("split", "folded", 128), id="two-channels-four-samples-a-row"),
+        pytest.param("planes", (8, 192, 1225), 2, ("single", "plane", 16), id="odd-plane-too-long-to-group"),
+    ],
+)
+def test_choice(layout: Any, shape: tuple[int, int, int], itemsize: int, expected: tuple[str, str, int]) -> None:
+    plan = make_plan("forward", layout, shape, itemsize, H200)
+    assert (plan.path, plan.geometry, plan.access_bits) == expected
+
+
+def test_few_channels_still_fill_the_gpu() -> None:
+    """One program per channel would leave most of it idle."""
+    for layout, shape in (("planes", (256, 64, 3136)), ("rows", (802_816, 64, 1)), ("planes", (32, 2, 65536))):
+        plan = make_plan("forward", layout, shape, 2, H200)  # type: ignore[arg-type]
+        assert plan.groups * plan.splits >= H200.sms
+
+
+def test_more_sms_more_splits() -> None:
+    small, large = (make_plan("forward", "rows", (802_816, 64, 1), 2, Device("x", sms)) for sms in (20, 160))
+    assert small.splits == 40
+    assert 300 <= large.splits <= 320
+
+
+def test_forced_path_and_splits() -> None:
+    with forced("split", splits=3):
+        plan = make_plan("backward", "rows", (6000, 100, 1), 4, H200)
+        assert (plan.path, plan.splits) == ("split", 3)
+        with forced("single"):
+            assert make_plan("backward", "rows", (6000, 100, 1), 4, H200).path == "single"
+        assert make_plan("backward", "rows", (6000, 100, 1), 4, H200).path == "split"
+    assert make_plan("backward", "rows", (60, 100, 1), 4, H200).path == "single"
+
+
+def test_forced_rejects_what_is_not_a_plan() -> None:
+    with pytest.raises(ValueError, match="path must be one of single, split, but got 'fast'"):
+        forced("fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="splits must be positive, but got 0"):
+        forced(splits=0)
+
+
+def test_print_says_what_runs() -> None:
+    text = str(make_plan("forward", "planes", (256, 512, 49), 2, H200))
+    assert text.startswith("forward planes [256, 512, 49] x 2 bytes: path split, 2 launches, 64 x 5 programs")
+    assert "folded tiles 512 x 8 (8 channels), 128-bit access" in text
+
+
+def covered(plan: Plan) -> tuple[int, int]:
+    """Elements that the tiles of all programs reach, counted as the kernels do, and those that there are."""
+    tile, (N, C, S) = plan.tile, plan.shape
+    if C == 1:
+        N, S = 1, N * S
+    if tile.GROUP == 1:
+        row_length, extent = C * plan.width * tile.V, plan.width * tile.V
+    else:
+        row_length, extent = plan.width * tile.V, tile.FOLD * tile.GROUP * tile.SPAN
+    lanes = min(extent, -(-extent // tile.BLOCK_L) * tile.BLOCK_L) * plan.groups
+    return plan.rows * min(lanes, row_length), N * C * S
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    rows=st.booleans(),
+    shape=st.tuples(st.integers(1, 3000), st.integers(1, 700), st.integers(1, 5000)),
+    itemsize=st.sampled_from([2, 4, 8]),
+    operation=st.sampled_from(["forward", "backward", "inference"]),
+    sms=st.integers(1, 200),
+)
+def test_every_plan_is_sound(rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int) -> None:
+    N, C, S = shape
+    if rows:
+        shape, S = (N * S, C, 1), 1
+    plan = make_plan(operation, "rows" if rows else "planes", shape, itemsize, Device("x", sms))
+    tile = plan.tile
+    for block in (tile.BLOCK_R, tile.BLOCK_L, tile.BLOCK_G, tile.BLOCK_F, plan.merge_block, plan.num_warps):
+        assert block & (block - 1) == 0, "blocks are powers of two"
+    reached, there = covered(plan)
+    assert reached == there, "each element belongs to one program"
+    assert plan.rows * tile.FOLD == (1 if C == 1 else shape[0])
+    assert tile.BLOCK_G >= tile.GROUP
+    assert (1 if tile.GROUP == 1 else tile.SPAN * tile.FOLD) <= tile.BLOCK_F
+    assert tile.GROUP == 1 or tile.GROUP * tile.SPAN * tile.FOLD <= tile.BLOCK_L
+    assert plan.splits * plan.reduce_tiles >= plan.tiles > (plan.splits - 1) * plan.reduce_tiles
+    assert plan.apply_splits * plan.apply_tiles >= plan.tiles
+    assert max(plan.splits, plan.apply_splits) <= 65535, "the second axis of a grid"
+    assert tile.V * itemsize <= 16
+    assert tile.BLOCK_R * tile.BLOCK_L * itemsize <= 32 << 10
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward", "inference"])
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [("rows", (1 << 29, 3, 1)), ("rows", (70_000_000, 32, 1)), ("rows", (2, 1 << 29, 1)), ("planes", (1, 1, 1 << 30)),
+     ("planes", (70, 32, 1_000_000)), ("planes", (1 << 20, 2, 1000))],
+)  # fmt: skip
+def test_huge_shapes_keep_the_grid_legal(layout: Any, shape: tuple[int, int, int], operation: Any) -> None:
+    assert prod(shape) >= 2**30
+    plan = make_plan(operation, layout, shape, 2, H200)
+    assert max(plan.splits, plan.apply_splits) <= 65535
+    assert plan.groups < 2**31
