@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,12 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.console import console
+from bench.errors import BenchError
 from tritonbn import launch
 from tritonbn.kernels import tiles
 from tritonbn.plan import Plan, forced
@@ -227,7 +227,7 @@ def _narrowest(widths: dict[str, list[int]]) -> dict[str, int | None]:
     return {f"{name}_bits": min(found, default=None) for name, found in widths.items()}
 
 
-def rows(chosen: list[Case], targets: list[str], workers: int, console: Console) -> Iterator[dict[str, Any]]:
+def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[str, Any]]:
     """A row per case and target; equal compilations are done once."""
     wanted = list(dict.fromkeys((case.launch, target) for case in chosen for target in targets))
     with ProcessPoolExecutor(workers) as pool:
@@ -256,14 +256,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if any row spills or accesses memory in narrower pieces than its shape allows."""
-    console = Console()
     if launch.INTERPRETED:
-        print("codegen compiles the kernels: unset TRITON_INTERPRET", file=sys.stderr)
-        return 2
+        raise BenchError("codegen compiles the kernels: unset TRITON_INTERPRET")
     targets = list(TARGETS) if args.target == "all" else [args.target]
     dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
     chosen = list(cases(SUBSET if args.subset else RESNET50 + FULLY_CONNECTED + AWKWARD, dtypes))
-    found = list(rows(chosen, targets, args.workers, console))
+    found = list(rows(chosen, targets, args.workers))
     console.print(table(found))
     spilling = [row for row in found if row["spills"]]
     narrow = [row for row in found if _is_narrow(row)]

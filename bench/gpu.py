@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, step by step: each with a log and a time limit, so that a failure costs no other step."""
+"""What needs a GPU, step by step: each step has a log and a time limit, and its failure costs no other."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ def steps(out: Path, data: Path | None) -> list[Step]:
     source = [] if data is None else ["--data", str(data)]
     return [
         Step("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], 300),
-        Step("mnist", ["-m", "bench", "mnist", "--device", "cuda", "--steps", "5000", "--out", str(out / "mnist"), *source], 180),
+        Step("mnist", ["-m", "bench", "mnist", "--device", "cuda", "--steps", "5000", "--out", str(out), *source], 180),
     ]  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def test_graph_replay_beside_eager_work_on_another_stream() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = tritonbn.functional.batch_norm(x, None, None, training=True)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for _ in range(200):
             graph.replay()
             with torch.cuda.stream(side):

@@ -1,5 +1,8 @@
 """The kernels' derivatives in float64 against finite differences, first and second order, and against autograd."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ LAYOUTS = [
 PATHS = ["single", "split"]
 
 
-def inputs(layout: Layout, device: torch.device, *, weight: bool = True, bias: bool = True) -> list[Tensor | None]:
+def inputs(layout: Layout, device: torch.device, *, weight: bool = True, bias: bool = True) -> list[Any]:
     g = torch.Generator().manual_seed(0)
     C = layout.shape[1]
     x = layout.arrange(cases.gaussian(0.5, 2.0)(layout.shape, g).to(device)).requires_grad_()
@@ -64,12 +67,12 @@ def test_absent_parameters(weight: bool, bias: bool, training: bool, device: tor
 def test_third_derivative_is_that_of_the_formula(training: bool, device: torch.device) -> None:
     """torch's own third derivative is not right (2.13); the composite formula's is."""
 
-    def third(batch_norm: object) -> Tensor:
+    def third(batch_norm: Callable[..., Tensor]) -> Tensor:
         x, weight, bias = inputs(Layout((4, 2)), device)
         mean, var = torch.zeros(2, device=device).double(), torch.ones(2, device=device).double()
-        result: Tensor = batch_norm(x, mean, var, weight, bias, training=training, eps=1e-3).square().sum()  # type: ignore[operator]
+        result = batch_norm(x, mean, var, weight, bias, training=training, eps=1e-3).square().sum()
         for _ in range(3):
-            (result,) = torch.autograd.grad(result.pow(2).sum(), [x], create_graph=True)  # type: ignore[list-item]
+            (result,) = torch.autograd.grad(result.pow(2).sum(), [x], create_graph=True)
         return result.detach()
 
     torch.testing.assert_close(third(tritonbn.functional.batch_norm), third(reference.batch_norm), rtol=1e-9, atol=0)

@@ -180,11 +180,22 @@ def _make_plan(
     tiles = -(-rows // block_r) * lane_blocks
     if splits is None:  # the fewest programs that fill the GPU: the last one merges what all of them found
         splits = -(-2 * device.sms // groups)
-    reduce_tiles = -(-tiles // min(splits, tiles))
     return Plan(
-        operation, layout, path, shape, itemsize, rows, width, tile._replace(BLOCK_R=block_r), num_warps, groups,
-        tiles, reduce_tiles, apply_tiles=max(min(APPLY_TILES, tiles), -(-tiles // GRID_LIMIT)), merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
-    )  # fmt: skip
+        operation,
+        layout,
+        path,
+        shape,
+        itemsize,
+        rows,
+        width,
+        tile._replace(BLOCK_R=block_r),
+        num_warps,
+        groups,
+        tiles,
+        reduce_tiles=-(-tiles // min(splits, tiles)),
+        apply_tiles=max(min(APPLY_TILES, tiles), -(-tiles // GRID_LIMIT)),
+        merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
+    )
 
 
 def _path(groups: int, slice_bytes: int, device: Device) -> Path:
