@@ -17,7 +17,7 @@ bench: $(READY)
 	$(RUN) -m bench mnist $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff check .

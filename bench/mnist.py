@@ -16,7 +16,9 @@ from bench.measure import machine, pick_device
 from bench.networks.mlp import HIDDEN, WEIGHT_STD
 from bench.training import ARMS, BATCH, Arm, Row
 from tritonbn import launch
-from tritonbn.plan import make_plan
+from tritonbn.plan import Operation
+
+OPERATIONS: tuple[Operation, ...] = ("forward", "backward")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +88,8 @@ def path_of(device: torch.device) -> str:
     """Which way the batch norm of the tritonbn arm goes."""
     if device.type == "cpu" and not launch.INTERPRETED:
         return "ATen reference (CPU tensors)"
-    plans = [str(make_plan(operation, "rows", (BATCH, HIDDEN[0], 1), 4)) for operation in ("forward", "backward")]
+    x = torch.empty(BATCH, HIDDEN[0], device=device)
+    plans = [str(launch.plan_for(operation, x, torch.contiguous_format)) for operation in OPERATIONS]
     return "; ".join(["Triton kernels" + " in Triton's interpreter" * launch.INTERPRETED, *plans])
 
 

@@ -42,5 +42,6 @@ def assert_as_good_as(ours: Tensor, theirs: Tensor, exact: np.ndarray, slack: fl
 
 
 def wide(t: Tensor) -> np.ndarray:
-    """The values of t as longdouble."""
-    return t.detach().double().cpu().numpy().astype(np.longdouble)
+    """The values of t in a dtype that holds far more digits: float64, or longdouble for float64."""
+    values = t.detach().double().cpu().numpy()
+    return values.astype(np.longdouble) if t.dtype == torch.float64 else values

@@ -1,4 +1,4 @@
-"""Batch norm in numpy's longdouble: the truth for every dtype, float64 included."""
+"""Batch norm in numpy, in float64 or, for float64 inputs, in longdouble: the truth for every dtype."""
 
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ def batch_norm(
             assert rv is not None
             mean, var = rm, rv
             after = rm, rv
-        rstd = 1 / np.sqrt(var + np.longdouble(eps))
+        rstd = 1 / np.sqrt(var + eps)
         w = np.ones_like(mean) if weight is None else wide(weight)
         b = np.zeros_like(mean) if bias is None else wide(bias)
         normalized = (X - column(mean)) * column(rstd)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritonbn.plan import Device, Plan, forced, make_plan
+from tritonbn.plan import Device, Plan, fits, forced, make_plan
 
 H200 = Device("NVIDIA H200", 132)
 
@@ -114,11 +114,20 @@ def test_every_plan_is_sound(rows: bool, shape: tuple[int, int, int], itemsize: 
 @pytest.mark.parametrize("operation", ["forward", "backward", "inference"])
 @pytest.mark.parametrize(
     ("layout", "shape"),
-    [("rows", (1 << 29, 3, 1)), ("rows", (70_000_000, 32, 1)), ("rows", (2, 1 << 29, 1)), ("planes", (1, 1, 1 << 30)),
+    [("rows", (1 << 29, 3, 1)), ("rows", (70_000_000, 32, 1)), ("rows", (2, 1 << 29, 1)), ("planes", (1, 1, 10**9)),
      ("planes", (70, 32, 1_000_000)), ("planes", (1 << 20, 2, 1000))],
 )  # fmt: skip
 def test_huge_shapes_keep_the_grid_legal(layout: Any, shape: tuple[int, int, int], operation: Any) -> None:
-    assert prod(shape) >= 2**30
+    assert prod(shape) > 2**29
     plan = make_plan(operation, layout, shape, 2, H200)
     assert max(plan.splits, plan.apply_splits) <= 65535
     assert plan.groups < 2**31
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((70, 32, 1_000_000), True), ((1 << 20, 1 << 14, 1), True), ((1, 1, 1 << 30), False), ((1 << 30, 1, 1), False),
+     ((2, 3, 1 << 30), False), ((1 << 31, 2, 1), False), ((2, 1 << 28, 1), False)],
+)  # fmt: skip
+def test_what_32_bit_indices_reach(shape: tuple[int, int, int], expected: bool) -> None:
+    assert fits(*shape) == expected

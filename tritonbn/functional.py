@@ -6,7 +6,7 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
-from tritonbn.plan import INDEX_LIMIT
+from tritonbn.plan import fits
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,7 +89,7 @@ def _takes_kernels(
     if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
         return False
     N, C = x.shape[0], x.shape[1]
-    if numel // N >= INDEX_LIMIT or numel // C >= INDEX_LIMIT * 2 - (1 << 20):
+    if not fits(N, C, numel // (N * C)):
         return False
     if type(training) is not bool or type(momentum) not in (float, int) or type(eps) not in (float, int):
         return False

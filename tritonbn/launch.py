@@ -159,7 +159,8 @@ def _reduce(plan: Plan, dy: Tensor, x: Tensor, *vectors: Tensor | None) -> None:
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: int) -> None:
     """The one place where a kernel starts: on the device of its first argument."""
     x = args[0]
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
         kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, **OPTIONS)
 
 

@@ -32,8 +32,6 @@ MAX_LANE_BYTES = 8 << 10
 APPLY_TILES = 4
 # The second axis of a CUDA grid.
 GRID_LIMIT = 65535
-# Elements per sample, rows and groups stay below this, so that 32-bit indices inside a tile cannot overflow.
-INDEX_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,12 @@ class forced:
         _forced = self._old
 
 
+def fits(N: int, C: int, S: int) -> bool:
+    """Whether 32-bit indices inside a program suffice for [N, C, S]; offsets into the tensor have 64 bits anyway."""
+    one_plane = N * S if C == 1 else S
+    return C < 1 << 28 and one_plane < 1 << 30 and N * S < (1 << 31) - (1 << 20)
+
+
 def make_plan(
     operation: Operation,
     layout: Layout,
@@ -162,22 +166,10 @@ def _make_plan(
     rows = N // tile.FOLD
     extent = S if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
     groups = -(-C // tile.GROUP)
-    lane_blocks = -(-extent // tile.BLOCK_L)
-    per_thread = BYTES_PER_THREAD if tile.V * itemsize >= 8 else NARROW_BYTES_PER_THREAD
-
-    def in_rows(elements: int) -> int:
-        return max(1, min(_power_of_two(rows), elements // tile.BLOCK_L))
-
     if path is None:
         path = _path(groups, rows * extent * itemsize, device)
-    resident = in_rows(RESIDENT_BYTES // itemsize)
-    if path == "single" and operation != "inference" and lane_blocks == 1 and resident >= rows:
-        block_r = resident
-    else:
-        block_r = in_rows(32 * WARPS * per_thread // itemsize)
-    num_warps = max(1, min(WARPS, block_r * tile.BLOCK_L * itemsize // (32 * per_thread)))
-
-    tiles = -(-rows // block_r) * lane_blocks
+    block_r, num_warps = _block(rows, tile, itemsize, one_tile=path == "single" and extent <= tile.BLOCK_L)
+    tiles = -(-rows // block_r) * -(-extent // tile.BLOCK_L)
     if splits is None:  # the fewest programs that fill the GPU: the last one merges what all of them found
         splits = -(-2 * device.sms // groups)
     return Plan(
@@ -196,6 +188,16 @@ def _make_plan(
         apply_tiles=max(min(APPLY_TILES, tiles), -(-tiles // GRID_LIMIT)),
         merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
     )
+
+
+def _block(rows: int, tile: Tile, itemsize: int, one_tile: bool) -> tuple[int, int]:
+    """Rows of a tile and its warps; a slice that one tile can hold becomes one, if that is wanted."""
+    per_thread = BYTES_PER_THREAD if tile.V * itemsize >= 8 else NARROW_BYTES_PER_THREAD
+    row_bytes = tile.BLOCK_L * itemsize
+    block_r = _power_of_two(rows)
+    if not one_tile or block_r * row_bytes > RESIDENT_BYTES:
+        block_r = max(1, min(block_r, 32 * WARPS * per_thread // row_bytes))
+    return block_r, max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
 
 
 def _path(groups: int, slice_bytes: int, device: Device) -> Path:
