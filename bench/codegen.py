@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from rich.progress import track
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -241,7 +241,7 @@ def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[
                 "kernel": case.launch.kernel, "path": case.plan.path, "layout": case.plan.layout, "dtype": case.dtype,
                 "shape": list(case.shape), "target": target, "registers": found["registers"],
                 "spills": found["spills"], "shared_bytes": found["shared_bytes"], "load_bits": found["load_bits"],
-                "store_bits": found["store_bits"], "shape_allows_bits": case.plan.access_bits,
+                "store_bits": found["store_bits"], "planned_bits": case.plan.access_bits, "sample_bits": sample_bits(case),
                 "geometry": case.plan.geometry, "num_warps": case.launch.num_warps,
             }  # fmt: skip
 
@@ -255,39 +255,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; 1 if any row spills or accesses memory in narrower pieces than its shape allows."""
+    """Print the table; 1 if any row spills or accesses memory in narrower pieces than its plan says."""
     if launch.INTERPRETED:
         raise BenchError("codegen compiles the kernels: unset TRITON_INTERPRET")
     targets = list(TARGETS) if args.target == "all" else [args.target]
     dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
     chosen = list(cases(SUBSET if args.subset else RESNET50 + FULLY_CONNECTED + AWKWARD, dtypes))
     found = list(rows(chosen, targets, args.workers))
-    console.print(table(found))
-    spilling = [row for row in found if row["spills"]]
-    narrow = [row for row in found if _is_narrow(row)]
+    print_table(found)
+    spilling, narrow = [row for row in found if row["spills"]], [row for row in found if _is_narrow(row)]
+    unused = [row for row in found if row["planned_bits"] < row["sample_bits"]]
     console.print(
-        f"{len(found)} rows, {len({(c.launch) for c in chosen}) * len(targets)} compilations: {len(spilling)} spill, "
-        f"{len(narrow)} access memory in narrower pieces than the shape allows"
+        f"{len(found)} rows, {len({c.launch for c in chosen}) * len(targets)} compilations: {len(spilling)} spill; "
+        f"{len(narrow)} access memory in narrower pieces than planned; {len(unused)} are planned narrower than the start "
+        "of a sample is aligned (odd planes too long to be read several at a time)",
+        soft_wrap=True,
     )
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 1 if spilling or narrow else 0
 
 
+def sample_bits(case: Case) -> int:
+    """Bits of the widest access for which the start of every sample is aligned, in a tensor that is."""
+    N, C, S = case.plan.shape
+    values = N * S if C == 1 else C * S
+    return 8 * case.plan.itemsize * gcd(values, 16 // case.plan.itemsize)
+
+
 def _is_narrow(row: dict[str, Any]) -> bool:
     if row["load_bits"] is None:  # every kernel loads tiles: their code was not recognized
         return True
-    return any(bits is not None and bits < row["shape_allows_bits"] for bits in (row["load_bits"], row["store_bits"]))
+    return any(bits is not None and bits < row["planned_bits"] for bits in (row["load_bits"], row["store_bits"]))
 
 
-def table(found: list[dict[str, Any]]) -> Table:
-    """Rows as a table; equal neighbours in all but dtype are not merged: each line is one compilation's facts."""
+def print_table(found: list[dict[str, Any]]) -> None:
+    """One line a row, whatever the width of the terminal."""
     names = ["kernel", "path", "layout", "dtype", "shape", "target", "registers", "spills", "shared_bytes", "load_bits",
-             "store_bits", "shape_allows_bits"]  # fmt: skip
-    result = Table(*names, box=None, header_style="bold")
+             "store_bits", "planned_bits", "sample_bits"]  # fmt: skip
+    lines = [names]
     for row in found:
-        cells = [
-            "x".join(map(str, row[n])) if n == "shape" else str(row[n] if row[n] is not None else "-") for n in names
-        ]
-        result.add_row(*cells, style="red" if row["spills"] or _is_narrow(row) else None)
-    return result
+        cells = row | {"shape": "x".join(map(str, row["shape"]))}
+        lines.append(["-" if cells[name] is None else str(cells[name]) for name in names])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row, line in zip([None, *found], lines, strict=True):
+        bad = row is not None and (row["spills"] or _is_narrow(row))
+        console.print("  ".join(map(str.ljust, line, widths)), style="red" if bad else None, soft_wrap=True)

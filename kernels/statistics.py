@@ -28,7 +28,7 @@ def reciprocal_std(var, eps):
     v = (var + eps).to(var.dtype)
     r = tl.rsqrt(v)
     better = r + 0.5 * r * (1.0 - v * r * r)
-    return tl.where((v > 0.0) & (v < float("inf")), better, r)
+    return tl.where((r > 0.0) & (r < float("inf")), better, r)
 
 
 @triton.jit

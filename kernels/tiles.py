@@ -1,7 +1,7 @@
 """How a program sees its part of the tensor: tiles of lanes by rows, lanes folded into channels and spread back.
 
 Every kernel reads the tensor as [R, L]: R outer rows of L neighbouring elements, the lanes. Program (i, j) owns channel
-group i and, of that group's tiles, range j. Three geometries, told apart by the constants in `Tile`:
+group i and, of that group's tiles, range j. Three geometries, told apart by the constants T (`tritonbn.geometry.Tile`):
 
 plane   GROUP = 1                a program owns one channel of [N, C, S]; its lanes are the S positions, in blocks
 column  SPAN = FOLD = 1          a lane is a channel: [M, C]
@@ -12,23 +12,8 @@ A tile is [lanes, rows], with what is summed along the last axis: sums are trees
 Where a branch on a constant returns, the other one needs its `else`: Triton compiles what follows a static return.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-
-
-class Tile(NamedTuple):
-    """The compile-time constants of a tile; one compilation each."""
-
-    GROUP: int  # channels of a program
-    SPAN: int  # neighbouring lanes of one channel (plane: 1, the size is a run-time one)
-    FOLD: int  # rows of the tensor that make one outer row
-    V: int  # elements of the widest aligned access: divides L, and S in planes
-    BLOCK_R: int  # rows of a tile
-    BLOCK_L: int  # lanes of a tile
-    BLOCK_G: int  # GROUP as a power of two
-    BLOCK_F: int  # SPAN * FOLD as a power of two
 
 
 @triton.jit

@@ -13,7 +13,19 @@ from tritonbn import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files further right.
-ORDER = ["__init__", "swap", "modules", "functional", "operators", "autograd", "launch", "reference", "plan", "kernels"]
+ORDER = [
+    "__init__",
+    "swap",
+    "modules",
+    "functional",
+    "operators",
+    "autograd",
+    "launch",
+    "reference",
+    "plan",
+    "geometry",
+    "kernels",
+]
 KERNEL_ORDER = ["normalize", "backward", "statistics", "tiles"]
 KERNELS = sorted(name for name in vars(launch) if name.endswith("_kernel"))
 
@@ -48,8 +60,10 @@ def test_kernels_import_triton_and_siblings_only(path: Path) -> None:
     assert all(name.startswith(allowed) for name in imports(path))
 
 
-def test_plan_is_pure_python() -> None:
-    assert not {name for name in imports(ROOT / "tritonbn" / "plan.py") if name.startswith(("torch", "triton."))}
+@pytest.mark.parametrize("name", ["plan", "geometry"])
+def test_plans_are_pure_python(name: str) -> None:
+    found = imports(ROOT / "tritonbn" / f"{name}.py")
+    assert not {n for n in found if n.split(".")[0] in ("torch", "triton") or n.startswith("tritonbn.kernels")}
 
 
 def test_nothing_imports_the_other_kernels_package() -> None:

@@ -69,7 +69,7 @@ def test_width_of_an_instruction(line: str, bits: int) -> None:
 
 
 def test_a_narrow_or_unrecognized_access_is_a_failure() -> None:
-    row = {"load_bits": 128, "store_bits": None, "shape_allows_bits": 128}
+    row = {"load_bits": 128, "store_bits": None, "planned_bits": 128}
     assert not codegen._is_narrow(row)
     assert codegen._is_narrow(row | {"load_bits": 16})
     assert codegen._is_narrow(row | {"store_bits": 64})

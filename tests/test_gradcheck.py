@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import tritonbn
 from tests import cases
@@ -93,3 +94,40 @@ def test_second_derivative_in_low_precision(dtype: torch.dtype, device: torch.de
     exact = second(torch.float64)
     error = (second(dtype) - exact).abs().max() / exact.abs().max()
     assert error <= 4 * torch.finfo(dtype).eps
+
+
+def test_second_derivative_of_a_strided_input(device: torch.device) -> None:
+    """The dense copy is made outside of the operation, so that x is still a variable in its backward."""
+    g = torch.Generator().manual_seed(0)
+    base = cases.gaussian()((4, 3, 5), g).to(device).requires_grad_()
+    call = function(True, 3, device)
+    weight = torch.full((3,), 1.5, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: call(x.transpose(0, 2), weight, None).pow(3), base, fast_mode=True)
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_gradient_penalty_with_frozen_statistics(weight: bool, device: torch.device) -> None:
+    """dx does not depend on x there: the second derivative is none, not an error."""
+    x, w, _ = inputs(Layout((5, 3)), device, weight=weight)
+    w = None if w is None else w.detach()
+    y = function(False, 3, device)(x, w, None)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    penalty = (dx * x).sum()
+    penalty.backward()
+    torch.testing.assert_close(x.grad, dx.detach())
+
+
+def test_second_derivative_under_a_dispatch_mode(device: torch.device) -> None:
+    """There the operation is a torch.library operator."""
+    x, weight, bias = inputs(Layout((6, 3)), device)
+
+    def second() -> Tensor:
+        y = tritonbn.functional.batch_norm(x, None, None, weight, bias, training=True)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        result: Tensor = torch.autograd.grad(dx.pow(2).sum(), x)[0]
+        return result
+
+    expected = second()
+    with FlopCounterMode(display=False):
+        found = second()
+    torch.testing.assert_close(found, expected)

@@ -321,3 +321,34 @@ def test_no_channels_return_the_input_unchanged(count: int, training: bool, devi
     assert y.shape == (2, 0, 3)
     assert torch.equal(mean, var)
     assert torch.equal(mean, torch.ones_like(mean))
+
+
+def test_strided_statistics_in_inference_mode(device: torch.device) -> None:
+    """They have no version counter to keep."""
+    call = make_call((6, 3), device, training=True)
+    with torch.inference_mode():
+        ours, theirs = (torch.zeros(2, 3, 2, device=device) + 1 for _ in range(2))
+        batch_norm(call.input, ours[0, :, 0], ours[1, :, 0], training=True)
+        torch_batch_norm(call.input, theirs[0, :, 0], theirs[1, :, 0], training=True)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_expanded_statistics_are_torchs_own_affair(device: torch.device) -> None:
+    """All channels in one place: whatever torch does is done, and no error comes after the computation."""
+    call = make_call((6, 3), device, training=True)
+    results = []
+    for function in (batch_norm, torch_batch_norm):
+        mean, var = torch.zeros(1, device=device).expand(3), torch.ones(1, device=device).expand(3)
+        results.append((function(call.input, mean, var, training=True), mean, var))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_whole_numbers_as_scalars(device: torch.device) -> None:
+    call = make_call((6, 3), device, training=True)
+    for momentum, eps in ((1, 1), (0, 10**30)):
+        results = (
+            function(call.input, call.running_mean, call.running_var, training=True, momentum=momentum, eps=eps)
+            for function in (batch_norm, torch_batch_norm)
+        )
+        torch.testing.assert_close(*results)

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -269,3 +270,28 @@ def test_same_bits_every_time(training: bool, context: Callable[[], Any], device
     with context():
         first, again = call.run(batch_norm), call.run(batch_norm)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@in_both_modes
+def test_lazily_negated_upstream_gradient(training: bool, device: torch.device) -> None:
+    """A contiguous view with the negation still to be done: its memory holds the opposite sign."""
+    call = make_call((6, 3), device, training=training)
+    assert call.grad is not None
+    negated = replace(call, grad=torch._neg_view(call.grad))
+    assert_matches(negated.run(batch_norm), negated.run(torch_batch_norm))
+
+
+@in_both_modes
+def test_saved_input_repacked_with_other_strides(training: bool, device: torch.device) -> None:
+    """A hook may give a saved tensor back with gaps in its memory."""
+
+    def repack(saved: Tensor) -> Tensor:
+        padded = saved.new_full((*saved.shape[:-1], saved.shape[-1] + 3), 7)
+        padded[..., : saved.shape[-1]] = saved
+        return padded[..., : saved.shape[-1]]
+
+    call = make_call((2, 3, 5), device, training=training)
+    expected = call.run(batch_norm)
+    with saved_tensors_hooks(lambda saved: saved, repack):
+        found = call.run(batch_norm)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

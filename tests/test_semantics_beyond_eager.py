@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.functional import batch_norm as torch_batch_norm
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tritonbn
 from tests.parity import (
@@ -26,7 +27,9 @@ from tests.parity import (
     make_call,
     random,
 )
+from tritonbn import BatchNorm1d, launch, operators
 from tritonbn.functional import batch_norm
+from tritonbn.plan import forced
 
 
 def transformed(function: Callable[..., Tensor], training: bool, call: Call) -> Callable[..., Tensor]:
@@ -234,3 +237,54 @@ def test_compiled_function_raises_on_one_value_per_channel(device: torch.device)
     compiled = torch.compile(batch_norm, backend="aot_eager")
     with pytest.raises(Exception, match="Expected more than 1 value per channel"):
         compiled(torch.zeros(1, 3, device=device), None, None, training=True)
+
+
+def test_traced_program_is_torchs(device: torch.device) -> None:
+    """It must run where we are not installed."""
+    x = torch.randn(6, 3, device=device)
+    module = BatchNorm1d(3).to(device).eval()
+    traced = torch.jit.trace(module, x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), module(x))
+    assert "aten::batch_norm" in str(traced.graph)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "arrange",
+    [lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x.transpose(0, 2)],
+    ids=["planes", "rows", "strided"],
+)
+def test_operators_keep_their_contract(
+    arrange: Callable[[Tensor], Tensor], training: bool, device: torch.device
+) -> None:
+    """torch's own check: schema, fake results, autograd registration, and all of it traced by AOTAutograd."""
+    x = arrange(torch.randn(3, 4, 3, 5, device=device)).detach().requires_grad_()
+    weight, bias = (torch.rand(4, device=device, requires_grad=True) for _ in range(2))
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    torch.library.opcheck(operators.batch_norm, (x, weight, bias, mean, var, training, 0.1, 1e-5))
+    dy = torch.randn(3, 4, 3, 5, device=device)
+    given = (dy, x.detach(), weight.detach(), mean, var, training, 1e-5, torch.float32, [True, True, False])
+    torch.library.opcheck(operators.batch_norm_backward, given)
+
+
+def test_statistics_keep_their_version_under_a_dispatch_mode(device: torch.device) -> None:
+    """A forward under the mode, then the backward of an earlier one: torch's update is no in-place change."""
+    x = torch.randn(6, 3, device=device, requires_grad=True)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    first = batch_norm(x, mean, var, training=True)
+    with FlopCounterMode(display=False):
+        batch_norm(x, mean, var, training=True)
+    first.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_operators_leave_the_pool_of_tickets_alone(device: torch.device) -> None:
+    """Their memory may belong to a CUDA graph: what they allocate must not outlive the call."""
+    before = dict(launch._ticket_pool)
+    launch._ticket_pool.clear()
+    try:
+        x = torch.randn(40, 5, device=device, requires_grad=True)
+        with forced("split", splits=2), FlopCounterMode(display=False):
+            batch_norm(x, None, None, training=True).sum().backward()  # type: ignore[no-untyped-call]
+        assert not launch._ticket_pool
+    finally:
+        launch._ticket_pool.update(before)

@@ -40,7 +40,7 @@ def batch_norm(
     Raises what `torch.nn.functional.batch_norm` raises, in its words, before anything is written.
 
     CUDA tensors take the Triton kernels (under TRITON_INTERPRET=1, CPU tensors too). All else is torch's own: other
-    devices and dtypes, empty tensors, tensor subclasses, torch.func transforms, forward-mode derivatives, export.
+    devices and dtypes, empty tensors, tensor subclasses, torch.func transforms, forward derivatives, export, tracing.
     """
     tensors = (input, running_mean, running_var, weight, bias)
     result: Tensor
@@ -49,25 +49,21 @@ def batch_norm(
         return result
     if not _takes_kernels(input, running_mean, running_var, weight, bias, training, momentum, eps):
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        y, _, _, new_mean, new_var = operators.batch_norm(
-            input, weight, bias, running_mean, running_var, training, momentum, eps
-        )
-        if training and running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                running_mean.copy_(new_mean)
-                running_var.copy_(new_var)
-        result = y
-        return result
-    given = autograd.Forward(running_mean, running_var, training, momentum, eps)
-    if torch.is_grad_enabled() and _any_requires_grad(input, weight, bias):
-        result = autograd.BatchNorm.apply(input, weight, bias, given)  # type: ignore[no-untyped-call]
-        return result
-    return autograd.forward(input, weight, bias, given)[0]
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    momentum, eps = float(momentum), float(eps)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._len_torch_dispatch_stack() == 0:
+        given = autograd.Forward(running_mean, running_var, training, momentum, eps)
+        return autograd.batch_norm(input, weight, bias, given)
+    result, _, _, new_mean, new_var = operators.batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    for old, new in ((running_mean, new_mean), (running_var, new_var)):
+        if training and old is not None:
+            if compiling:
+                old.copy_(new)
+            else:
+                autograd.copy_without_version(old, new)
+    return result
 
 
 def _takes_kernels(
@@ -83,7 +79,7 @@ def _takes_kernels(
     """Whether the kernels can do it, and torch would not refuse; what they leave, torch computes or refuses itself."""
     if not (isinstance(x, Tensor) and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))):
         return False
-    if torch.compiler.is_exporting():  # an exported program must run where we are not installed
+    if torch.compiler.is_exporting():  # the program must run where we are not installed
         return False
     numel = x.numel()
     if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
@@ -100,7 +96,10 @@ def _takes_kernels(
         return False
     if not _vectors_fit(x, C, running_mean, running_var, weight, bias):
         return False
-    if torch.is_grad_enabled() and _any_requires_grad(running_mean, running_var):
+    statistics = [s for s in (running_mean, running_var) if s is not None]
+    if torch.is_grad_enabled() and any(s.requires_grad for s in statistics):
+        return False
+    if C > 1 and any(s.stride(0) == 0 for s in statistics):  # expanded: updates would meet in one place
         return False
     return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias)
 
@@ -120,9 +119,10 @@ def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether no subclass, lazy negation, torch.func transform or forward-mode derivative must see each operation."""
+    """Whether nothing must see each operation: no subclass, lazy negation, transform, forward derivative or trace."""
     return (
         all(t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )

@@ -1,6 +1,7 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in `memory_format` (contiguous, channels_last or channels_last_3d) and return tensors in it.
+`pooled` is whether tickets may be kept from call to call, see `_tickets`.
 """
 
 from contextlib import nullcontext
@@ -42,6 +43,7 @@ def forward(
     momentum: float,
     eps: float,
     memory_format: torch.memory_format,
+    pooled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) with statistics of the batch; the running ones are updated in place."""
     plan = plan_for("forward", x, memory_format)
@@ -55,7 +57,7 @@ def forward(
         return y, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
-        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), _tickets(x, plan.groups),
+        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), _tickets(x, plan.groups, pooled),
         *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
@@ -95,6 +97,7 @@ def backward(
     parameter_dtype: torch.dtype,
     wanted: tuple[bool, bool, bool],
     memory_format: torch.memory_format,
+    pooled: bool = True,
 ) -> Gradients:
     """Gradients of (x, weight, bias) where statistics were those of the batch; `wanted` says which."""
     plan = plan_for("backward", x, memory_format)
@@ -106,7 +109,7 @@ def backward(
         )  # fmt: skip
         return Gradients(dx, dweight, dbias)
     sums = None if dx is None else torch.empty((2, plan.shape[1]), dtype=mean.dtype, device=x.device)
-    _reduce(plan, dy, x, mean, rstd, weight, None, dweight, dbias, sums)
+    _reduce(plan, pooled, dy, x, mean, rstd, weight, None, dweight, dbias, sums)
     if dx is not None:
         _launch(
             input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
@@ -124,12 +127,13 @@ def frozen_backward(
     parameter_dtype: torch.dtype,
     wanted: tuple[bool, bool, bool],
     memory_format: torch.memory_format,
+    pooled: bool = True,
 ) -> Gradients:
     """Gradients of (x, weight, bias) where statistics were given: one launch, whatever is wanted."""
     plan = plan_for("backward", x, memory_format)
     dx, dweight, dbias = _gradients(x, plan, parameter_dtype, wanted, memory_format)
     if dweight is not None or dbias is not None:
-        _reduce(plan, dy, x, mean, rstd, weight, dx, dweight, dbias, None)
+        _reduce(plan, pooled, dy, x, mean, rstd, weight, dx, dweight, dbias, None)
     elif dx is not None:
         _launch(
             input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
@@ -148,10 +152,10 @@ def plan_for(operation: Operation, x: Tensor, memory_format: torch.memory_format
     return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device))
 
 
-def _reduce(plan: Plan, dy: Tensor, x: Tensor, *vectors: Tensor | None) -> None:
+def _reduce(plan: Plan, pooled: bool, dy: Tensor, x: Tensor, *vectors: Tensor | None) -> None:
     _launch(
         gradient_sums_kernel, (plan.groups, plan.splits), plan,
-        dy, x, *vectors, _workspace(x, plan, 2), _tickets(x, plan.groups),
+        dy, x, *vectors, _workspace(x, plan, 2), _tickets(x, plan.groups, pooled),
         *_sizes(plan), plan.reduce_tiles, BLOCK_P=plan.merge_block,
     )  # fmt: skip
 
@@ -197,16 +201,15 @@ def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
 _ticket_pool: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _tickets(x: Tensor, groups: int) -> Tensor:
+def _tickets(x: Tensor, groups: int, pooled: bool) -> Tensor:
     """Zeroed counters, one per channel group, of this device and stream; kernels leave them zero.
 
-    A graph under capture gets its own: the graph may be replayed on any stream, beside eager work on this one.
+    Not pooled, or under graph capture, they are the call's own: its memory may belong to a graph, which is replayed on
+    any stream, beside eager work on this one, and overwrites what it does not know to be alive.
     """
-    stream = 0
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(groups, dtype=torch.int32, device=x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
+    if not pooled or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(groups, dtype=torch.int32, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     key = (x.device, stream)
     tickets = _ticket_pool.get(key)
     if tickets is None or tickets.numel() < groups:

@@ -1,6 +1,7 @@
 """The operation as torch.library operators: what torch.compile and dispatch modes see as one node.
 
-They are functional: the new running statistics are results, which `functional` copies back.
+They are functional: the new running statistics are results, which `functional` copies back. Their memory may belong to
+a CUDA graph that torch.compile is about to record, so they keep nothing from call to call.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def batch_norm(
         running_mean = None if running_mean is None else running_mean.clone()
         running_var = None if running_var is None else running_var.clone()
     given = autograd.Forward(running_mean, running_var, training, momentum, eps)
-    y, mean, rstd, _ = autograd.forward(x, weight, bias, given, keep=True)
+    y, mean, rstd = autograd.forward(autograd.dense(x), weight, bias, given, keep=True, pooled=False)
     assert mean is not None
     assert rstd is not None
     updated = (running_mean, running_var) if training else (None, None)
@@ -55,10 +56,8 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=autograd.memory_format_of(x))
-    updated = [
-        torch.empty_like(s) if s is not None and training else x.new_empty(0) for s in (running_mean, running_var)
-    ]
-    return y, _vector(x), _vector(x), updated[0], updated[1]
+    new = [torch.empty_like(s) if training and s is not None else x.new_empty(0) for s in (running_mean, running_var)]
+    return y, _vector(x), _vector(x), new[0], new[1]
 
 
 @torch.library.custom_op("tritonbn::batch_norm_backward", mutates_args=())
@@ -69,14 +68,13 @@ def batch_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     training: bool,
+    eps: float,
     parameter_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias), empty where not wanted."""
-    x = x.contiguous(memory_format=autograd.memory_format_of(x))
-    gradients = autograd.backward(
-        dy, x, weight, mean, rstd, training, parameter_dtype, (wanted[0], wanted[1], wanted[2])
-    )
+    """(dx, dweight, dbias), empty where not wanted; eps is for the second derivative."""
+    which = (wanted[0], wanted[1], wanted[2])
+    gradients = autograd.backward(dy, x, weight, mean, rstd, training, parameter_dtype, which, pooled=False)
     return _or_empty(gradients.x, x), _or_empty(gradients.weight, x), _or_empty(gradients.bias, x)
 
 
@@ -88,6 +86,7 @@ def _(
     mean: Tensor,
     rstd: Tensor,
     training: bool,
+    eps: float,
     parameter_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,19 +96,32 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, training, _, _ = inputs
-    _, mean, rstd, _, _ = output
+    x, weight, bias, _, _, ctx.training, _, ctx.eps = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.training = training
-    ctx.parameter_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+    ctx.save_for_backward(x, weight, output[1], output[2])
+    ctx.parameter_dtype = autograd.parameter_dtype(x, weight, bias)
 
 
 def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = batch_norm_backward(dy, x, weight, mean, rstd, ctx.training, ctx.parameter_dtype, wanted)
+    constants = ctx.training, ctx.eps, ctx.parameter_dtype, wanted
+    gradients = batch_norm_backward(dy, x, weight, mean, rstd, *constants)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None, None
 
 
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.training, ctx.eps, _, ctx.wanted = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, weight, mean, rstd = ctx.saved_tensors
+    statistics = None if ctx.training else (mean, rstd)
+    given = tuple(u if w else None for u, w in zip(upstream, ctx.wanted, strict=True))
+    gradients = autograd.second_backward(dy, x, weight, statistics, ctx.eps, given, ctx.needs_input_grad[:3])
+    return *gradients, None, None, None, None, None, None
+
+
 batch_norm.register_autograd(_backward, setup_context=_setup)
+batch_norm_backward.register_autograd(_second_backward, setup_context=_setup_second)

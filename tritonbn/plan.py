@@ -5,29 +5,29 @@ Pure Python: no tensors, no CUDA. `print(make_plan("forward", "planes", (256, 64
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
 from typing import Literal, get_args
 
-from tritonbn.kernels.tiles import Tile
+from tritonbn.geometry import (
+    BYTES_PER_THREAD,
+    NARROW_BYTES_PER_THREAD,
+    RESIDENT_BYTES,
+    WARPS,
+    Tile,
+    geometry,
+    power_of_two,
+)
 
 Operation = Literal["forward", "backward", "inference"]
 Layout = Literal["rows", "planes"]
 Path = Literal["single", "split"]
 
-WARPS = 8
-# Bytes of a tile that a thread holds: two 128-bit loads. Accumulators are fp32, so 16-bit inputs make 2 x 16 registers
-# of sums, and reductions need less than 128. Narrow accesses need an address each: half as much.
-BYTES_PER_THREAD = 32
-NARROW_BYTES_PER_THREAD = 16
-# A slice up to here is one tile, read once: a program keeps its first tile in registers until it has the statistics.
-# Twice as much spills in some kernels (folded tiles, 16 warps).
-RESIDENT_BYTES = 16 << 10
-# Up to here one program streams its slice in less time than a second launch takes (about 3 us at 20 GB/s).
+# One program reads so much again sooner than a second launch takes (3 us at 20 GB/s); if a quarter of the SMs work.
 SMALL_SLICE = 64 << 10
 # Up to here the slices of all running programs (two per SM) stay in an L2 of 50 MB, so the second pass finds them.
 L2_SLICE = 128 << 10
-# The widest row of a folded tile: one tile of 8 warps. Odd planes beyond it are read an element at a time.
-MAX_LANE_BYTES = 8 << 10
+# Reductions run two programs of 8 warps per SM; a wave of them should be full.
+PROGRAMS_PER_SM = 2
+FULL_WAVE = 0.95
 # Tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
 APPLY_TILES = 4
 # The second axis of a CUDA grid.
@@ -98,7 +98,7 @@ class Plan:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Forced:
     path: Path | None = None
     splits: int | None = None
@@ -116,8 +116,8 @@ class forced:
     def __init__(self, path: Path | None = None, splits: int | None = None) -> None:
         if path is not None and path not in get_args(Path):
             raise ValueError(f"path must be one of {', '.join(get_args(Path))}, but got {path!r}")
-        if splits is not None and splits < 1:
-            raise ValueError(f"splits must be positive, but got {splits}")
+        if splits is not None and not 1 <= splits <= GRID_LIMIT:
+            raise ValueError(f"splits must be from 1 to {GRID_LIMIT}, but got {splits}")
         self._new = _Forced(path, splits)
 
     def __enter__(self) -> None:
@@ -162,16 +162,17 @@ def _make_plan(
     N, C, S = shape
     if C == 1:  # one channel: all of the tensor is one plane, whatever the layout
         N, S = 1, N * S
-    tile, width = _geometry(N, C, S, itemsize)
+    tile, width = geometry(N, C, S, itemsize)
     rows = N // tile.FOLD
     extent = S if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
     groups = -(-C // tile.GROUP)
     if path is None:
-        path = _path(groups, rows * extent * itemsize, device)
+        operands = 2 if operation == "backward" else 1
+        path = _path(groups, operands * rows * extent * itemsize, device)
     block_r, num_warps = _block(rows, tile, itemsize, one_tile=path == "single" and extent <= tile.BLOCK_L)
     tiles = -(-rows // block_r) * -(-extent // tile.BLOCK_L)
-    if splits is None:  # the fewest programs that fill the GPU: the last one merges what all of them found
-        splits = -(-2 * device.sms // groups)
+    if splits is None:
+        splits = _splits(groups, tiles, PROGRAMS_PER_SM * device.sms)
     return Plan(
         operation,
         layout,
@@ -185,7 +186,7 @@ def _make_plan(
         groups,
         tiles,
         reduce_tiles=-(-tiles // min(splits, tiles)),
-        apply_tiles=max(min(APPLY_TILES, tiles), -(-tiles // GRID_LIMIT)),
+        apply_tiles=max(1, min(APPLY_TILES, tiles * groups // (4 * device.sms)), -(-tiles // GRID_LIMIT)),
         merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
     )
 
@@ -194,7 +195,7 @@ def _block(rows: int, tile: Tile, itemsize: int, one_tile: bool) -> tuple[int, i
     """Rows of a tile and its warps; a slice that one tile can hold becomes one, if that is wanted."""
     per_thread = BYTES_PER_THREAD if tile.V * itemsize >= 8 else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * itemsize
-    block_r = _power_of_two(rows)
+    block_r = power_of_two(rows)
     if not one_tile or block_r * row_bytes > RESIDENT_BYTES:
         block_r = max(1, min(block_r, 32 * WARPS * per_thread // row_bytes))
     return block_r, max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
@@ -202,48 +203,18 @@ def _block(rows: int, tile: Tile, itemsize: int, one_tile: bool) -> tuple[int, i
 
 def _path(groups: int, slice_bytes: int, device: Device) -> Path:
     """single where one program per group is no loss: little to read, or programs enough and a slice that L2 keeps."""
-    if slice_bytes <= SMALL_SLICE or (groups >= device.sms and slice_bytes <= L2_SLICE):
-        return "single"
+    for limit, programs in ((RESIDENT_BYTES, 0), (SMALL_SLICE, device.sms // 4), (L2_SLICE, device.sms)):
+        if slice_bytes <= limit and groups >= programs:
+            return "single"
     return "split"
 
 
-def _geometry(N: int, C: int, S: int, itemsize: int) -> tuple[Tile, int]:
-    """The tile (but for its rows) and the width in vectors that give the widest access with the least padding."""
-    vector = 16 // itemsize
-    in_plane, in_sample = gcd(S, vector), gcd(C * S, vector)
-    fold = gcd(N, vector // in_sample)  # so many samples side by side make a row that vectors divide better
-    if fold > 1 and fold * C * S * itemsize <= MAX_LANE_BYTES and gcd(fold * C * S, vector) > in_plane:
-        return _tile(C, S, fold, gcd(fold * C * S, vector), C * S * fold), fold * C * S // gcd(fold * C * S, vector)
-    if S == 1 and C > 1:  # narrow blocks give a short batch more programs, wide ones a long batch whole cache lines
-        lanes = min(32 if N <= 512 else 64, _power_of_two(C))
-        return Tile(lanes, 1, 1, in_sample, 1, lanes, lanes, 1), C // in_sample
-    group = _channel_group(C, S, vector, in_sample, MAX_LANE_BYTES // itemsize)
-    if group > 1:
-        return _tile(group, S, 1, in_sample, group * S), C * S // in_sample
-    return Tile(1, 1, 1, in_plane, 1, _lane_block(S), 1, 1), S // in_plane
+def _splits(groups: int, tiles: int, wave: int) -> int:
+    """The fewest programs per group that fill whole waves: the last one merges what all of them found."""
 
+    def use(splits: int) -> float:
+        programs = groups * splits
+        return programs / (-(-programs // wave) * wave)
 
-def _tile(group: int, span: int, fold: int, vector: int, lanes: int) -> Tile:
-    return Tile(group, span, fold, vector, 1, _power_of_two(lanes), _power_of_two(group), _power_of_two(span * fold))
-
-
-def _channel_group(C: int, S: int, vector: int, in_sample: int, most: int) -> int:
-    """Channels whose planes together are whole vectors and fill most of a power of two; 1 where single planes do."""
-    if in_sample == gcd(S, vector) and S >= 128:
-        return 1
-    step = in_sample // gcd(S, in_sample)
-    candidates = [g for g in range(step, C + step, step) if min(128, C * S) <= g * S <= most]
-    full = [g for g in candidates if 4 * g * S >= 3 * _power_of_two(g * S)]
-    return min(full or candidates[:1] or [1])
-
-
-def _lane_block(S: int) -> int:
-    """The widest block of lanes that wastes little of a plane: up to an eighth, or the least there is."""
-    blocks = [block for block in (2048, 1024, 512, 256, 128) if block < 2 * S] or [_power_of_two(S)]
-    waste = {block: -(-S // block) * block / S for block in blocks}
-    return max(block for block in blocks if waste[block] <= max(1.125, min(waste.values())))
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
+    candidates = range(1, min(tiles, max(4, 4 * wave // groups)) + 1)
+    return next((s for s in candidates if use(s) >= FULL_WAVE), max(candidates, key=use))

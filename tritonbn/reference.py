@@ -41,16 +41,6 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - _per_channel(mean, x)).square().mean(dims)
 
 
-def updated_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
-    """Running mean and variance [C] after a training step: (1 - momentum) * old + momentum * new, unbiased variance."""
-    mean, var = batch_statistics(x)
-    n = x.numel() // x.shape[1]
-    return (
-        (1 - momentum) * running_mean + momentum * mean,
-        (1 - momentum) * running_var + momentum * var * n / (n - 1),
-    )
-
-
 def gradients(
     dy: Tensor,
     x: Tensor,
