@@ -1,17 +1,11 @@
 """What the compiler makes of every kernel: registers, spills and access widths, for any GPU, on any machine.
 
-The launches are the library's own, recorded on meta tensors, so the table shows what would run. Widths are those of the
-full-tensor accesses alone: machine code is attributed to source lines, and the tiles are loaded and stored in two
-functions of `kernels/tiles.py`.
+The launches are the library's own, recorded on meta tensors, so the table shows what would run.
 """
 
 import argparse
-import inspect
 import json
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -25,10 +19,10 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import machine_code
 from bench.console import console
 from bench.errors import BenchError
 from tritonbn import launch
-from tritonbn.kernels import tiles
 from tritonbn.plan import Plan, forced
 
 TARGETS = {
@@ -163,68 +157,11 @@ def compile_for(recorded: Launch, target: str) -> dict[str, int | None]:
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    facts = _read_amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_nvidia(compiled.asm["cubin"])
-    return facts | {"shared_bytes": compiled.metadata.shared}
+    return machine_code.facts(compiled.asm) | {"shared_bytes": compiled.metadata.shared}
 
 
 def _kernels() -> dict[str, Any]:
     return {name: value for name, value in vars(launch).items() if name.endswith("_kernel")}
-
-
-def _read_nvidia(cubin: bytes) -> dict[str, int | None]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", path], text=True, stderr=subprocess.STDOUT)
-        sass = subprocess.check_output([tools / "nvdisasm", "-c", "-g", path], text=True, stderr=subprocess.DEVNULL)
-    widths: dict[str, list[int]] = {"load": [], "store": []}
-    function = None
-    for line in sass.splitlines():
-        if found := re.search(r'//## File "(.*?)", line (\d+)', line):
-            function = _tile_function(found[1], int(found[2]))
-        elif function and (found := re.search(r"\b(?:LDG|LDGSTS|STG)\b([\w.]*)", line)):
-            widths[function].append(_sass_bits(found[1]))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {"registers": int(registers[1]), "spills": spills, **_narrowest(widths)}
-
-
-def _sass_bits(suffix: str) -> int:
-    """.E.128 -> 128, .E.U16 -> 16, .E -> 32."""
-    found = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", suffix)
-    return int(found[1]) if found else 32
-
-
-def _read_amd(assembly: str) -> dict[str, int | None]:
-    bits = {"ubyte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    widths: dict[str, list[int]] = {"load": [], "store": []}
-    function = None
-    for line in assembly.splitlines():
-        if found := re.search(r"^\s*\.loc\s.*;\s*([\w./]+):(\d+):", line):
-            if found[2] != "0":  # line 0: the compiler's own, inside whatever came before
-                function = _tile_function(found[1], int(found[2]))
-        elif function and (found := re.search(r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", line)):
-            widths[found[1]].append(bits[found[2]])
-    counts = {key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count")}
-    registers, spills = (int(found[1]) if found else 0 for found in counts.values())
-    return {"registers": registers, "spills": spills, **_narrowest(widths)}
-
-
-def _tile_function(file: str, line: int) -> str | None:
-    """load, store, or neither: which of the two tile functions a source line belongs to."""
-    if Path(file).name != "tiles.py":
-        return None
-    for name, function in (("load", tiles.load_tile), ("store", tiles.store_tile)):
-        source, first = inspect.getsourcelines(function.fn)
-        if first <= line < first + len(source):
-            return name
-    return None
-
-
-def _narrowest(widths: dict[str, list[int]]) -> dict[str, int | None]:
-    return {f"{name}_bits": min(found, default=None) for name, found in widths.items()}
 
 
 def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[str, Any]]:
@@ -241,7 +178,8 @@ def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[
                 "kernel": case.launch.kernel, "path": case.plan.path, "layout": case.plan.layout, "dtype": case.dtype,
                 "shape": list(case.shape), "target": target, "registers": found["registers"],
                 "spills": found["spills"], "shared_bytes": found["shared_bytes"], "load_bits": found["load_bits"],
-                "store_bits": found["store_bits"], "planned_bits": case.plan.access_bits, "sample_bits": sample_bits(case),
+                "store_bits": found["store_bits"], "planned_bits": case.plan.access_bits,
+                "sample_bits": sample_bits(case),
                 "geometry": case.plan.geometry, "num_warps": case.launch.num_warps,
             }  # fmt: skip
 
@@ -267,8 +205,8 @@ def run(args: argparse.Namespace) -> int:
     unused = [row for row in found if row["planned_bits"] < row["sample_bits"]]
     console.print(
         f"{len(found)} rows, {len({c.launch for c in chosen}) * len(targets)} compilations: {len(spilling)} spill; "
-        f"{len(narrow)} access memory in narrower pieces than planned; {len(unused)} are planned narrower than the start "
-        "of a sample is aligned (odd planes too long to be read several at a time)",
+        f"{len(narrow)} access memory in narrower pieces than planned; {len(unused)} are planned narrower than samples "
+        "are aligned (odd planes too long to be read several at a time)",
         soft_wrap=True,
     )
     if args.json:
@@ -298,6 +236,6 @@ def print_table(found: list[dict[str, Any]]) -> None:
         cells = row | {"shape": "x".join(map(str, row["shape"]))}
         lines.append(["-" if cells[name] is None else str(cells[name]) for name in names])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for row, line in zip([None, *found], lines, strict=True):
-        bad = row is not None and (row["spills"] or _is_narrow(row))
+    wrong = [False, *(bool(row["spills"]) or _is_narrow(row) for row in found)]
+    for line, bad in zip(lines, wrong, strict=True):
         console.print("  ".join(map(str.ljust, line, widths)), style="red" if bad else None, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import codegen
+from bench import codegen, machine_code
 from bench.__main__ import main
 from tritonbn import launch
 
@@ -65,7 +65,7 @@ def test_full_tensors_are_read_and_written_128_bits_at_a_time(rows: Rows) -> Non
     [("LDG.E.128.CONSTANT R4", 128), ("LDG.E.U16 R0", 16), ("LDG.E R0", 32), ("STG.E.64 [R2]", 64)],
 )  # fmt: skip
 def test_width_of_an_instruction(line: str, bits: int) -> None:
-    assert codegen._sass_bits(line.split()[0][3:]) == bits
+    assert machine_code._sass_bits(line.split()[0][3:]) == bits
 
 
 def test_a_narrow_or_unrecognized_access_is_a_failure() -> None:
