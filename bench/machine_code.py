@@ -20,16 +20,21 @@ Facts = dict[str, int | None]
 
 def facts(asm: dict[str, Any]) -> Facts:
     """registers, spills, load_bits and store_bits (the narrowest full-tensor access, None if there is none)."""
-    return _read_amd(asm["amdgcn"]) if "amdgcn" in asm else _read_nvidia(asm["cubin"])
+    return read_amd(asm["amdgcn"]) if "amdgcn" in asm else read_nvidia(*disassemble(asm["cubin"]))
 
 
-def _read_nvidia(cubin: bytes) -> Facts:
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, machine code with source lines) as NVIDIA's tools print them."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", path], text=True, stderr=subprocess.STDOUT)
         sass = subprocess.check_output([tools / "nvdisasm", "-c", "-g", path], text=True, stderr=subprocess.DEVNULL)
+    return usage, sass
+
+
+def read_nvidia(usage: str, sass: str) -> Facts:
     widths: dict[str, list[int]] = {"load": [], "store": []}
     function = None
     for line in sass.splitlines():
@@ -37,10 +42,8 @@ def _read_nvidia(cubin: bytes) -> Facts:
             function = _tile_function(found[1], int(found[2]))
         elif function and (found := re.search(r"\b(?:LDG|LDGSTS|STG)\b([\w.]*)", line)):
             widths[function].append(_sass_bits(found[1]))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {"registers": int(registers[1]), "spills": spills, **_narrowest(widths)}
+    return {"registers": _number(r"REG:(\d+)", usage), "spills": spills, **_narrowest(widths)}
 
 
 def _sass_bits(suffix: str) -> int:
@@ -49,7 +52,7 @@ def _sass_bits(suffix: str) -> int:
     return int(found[1]) if found else 32
 
 
-def _read_amd(assembly: str) -> Facts:
+def read_amd(assembly: str) -> Facts:
     bits = {"ubyte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
     widths: dict[str, list[int]] = {"load": [], "store": []}
     function = None
@@ -59,9 +62,16 @@ def _read_amd(assembly: str) -> Facts:
                 function = _tile_function(found[1], int(found[2]))
         elif function and (found := re.search(r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", line)):
             widths[found[1]].append(bits[found[2]])
-    counts = {key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count")}
-    registers, spills = (int(found[1]) if found else 0 for found in counts.values())
+    registers, spills = (_number(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count"))
     return {"registers": registers, "spills": spills, **_narrowest(widths)}
+
+
+def _number(pattern: str, text: str) -> int:
+    """The number found; it must be there, for none at all would read as no spills."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern}")
+    return int(found[1])
 
 
 def _tile_function(file: str, line: int) -> str | None:

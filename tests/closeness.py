@@ -18,6 +18,7 @@ class Distance(NamedTuple):
         return Distance(*map(max, self, other))
 
     def is_fine(self, slack: float = 2.0) -> bool:
+        """Whether ours is at most `slack` times torch's, plus one ulp."""
         return self.ours <= slack * self.torchs + self.ulp
 
 
@@ -33,12 +34,6 @@ def distance(ours: Tensor, theirs: Tensor, exact: np.ndarray, what: str = "") ->
     assert np.isfinite(mine[finite]).all(), f"{what}: NaN or infinity where the exact result is finite"
     error, allowed = (float(np.abs(t - exact)[finite].max()) for t in (mine, torchs))
     return Distance(error, allowed, torch.finfo(ours.dtype).eps * float(np.abs(exact[finite]).max()))
-
-
-def assert_as_good_as(ours: Tensor, theirs: Tensor, exact: np.ndarray, slack: float = 2.0, what: str = "") -> None:
-    """Error against `exact` at most `slack` times that of torch, plus one ulp of the largest value."""
-    found = distance(ours, theirs, exact, what)
-    assert found.is_fine(slack), f"{what}: error {found.ours:.3g}, torch's {found.torchs:.3g}, one ulp {found.ulp:.3g}"
 
 
 def wide(t: Tensor) -> np.ndarray:

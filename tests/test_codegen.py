@@ -1,5 +1,6 @@
 """What the compiler makes of the kernels, read from the machine code: no GPU is needed for it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
+
 from bench import codegen, machine_code
 from bench.__main__ import main
 from tritonbn import launch
+from tritonbn.kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
@@ -60,16 +64,64 @@ def test_full_tensors_are_read_and_written_128_bits_at_a_time(rows: Rows) -> Non
     assert storing == {row["kernel"] for row in nvidia} - {"statistics_kernel"}
 
 
-@pytest.mark.parametrize(
-    ("line", "bits"),
-    [("LDG.E.128.CONSTANT R4", 128), ("LDG.E.U16 R0", 16), ("LDG.E R0", 32), ("STG.E.64 [R2]", 64)],
-)  # fmt: skip
-def test_width_of_an_instruction(line: str, bits: int) -> None:
-    assert machine_code._sass_bits(line.split()[0][3:]) == bits
+def line_of(function: Any) -> int:
+    """A source line inside a function of kernels/tiles.py."""
+    return inspect.getsourcelines(getattr(function, "fn", function))[1] + 2
+
+
+def test_machine_code_of_nvidia_is_read() -> None:
+    load, store = line_of(tiles.load_tile), line_of(tiles.store_tile)
+    sass = f"""
+        //## File "/somewhere/tiles.py", line {load}
+            /*0010*/  @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+            /*0020*/      LDG.E.64.STRONG.GPU R8, desc[UR4][R2.64] ;
+        //## File "/somewhere/tiles.py", line {store}
+            /*0030*/      STG.E.U16 desc[UR4][R2.64], R4 ;
+        //## File "/somewhere/statistics.py", line {load}
+            /*0040*/      LDG.E R4, desc[UR4][R2.64] ;
+            /*0050*/      STL [R1+0x4], R4 ;
+            /*0060*/      LDL.LU R4, [R1+0x4] ;
+    """
+    expected = {"registers": 40, "spills": 2, "load_bits": 64, "store_bits": 16}
+    assert machine_code.read_nvidia(" REG:40 STACK:8", sass) == expected
+    with pytest.raises(ValueError, match="REG"):
+        machine_code.read_nvidia("no such thing", sass)
+
+
+def test_machine_code_of_amd_is_read() -> None:
+    load, store = line_of(tiles.load_tile), line_of(tiles.store_tile)
+    assembly = f"""
+        .loc 2 {load} 20 ; tiles.py:{load}:20 @[ normalize.py:1:1 ]
+        global_load_dwordx4 v[4:7], v[2:3], off
+        .loc 2 0 20 is_stmt 0 ; tiles.py:0:20
+        buffer_load_dwordx2 v[4:5], v2, s[0:3], 0 offen
+        .loc 2 {store} 4 ; tiles.py:{store}:4
+        global_store_short v[2:3], v4, off
+        .loc 1 7 4 ; normalize.py:7:4
+        global_load_dword v4, v[2:3], off
+    .vgpr_count:     52
+    .vgpr_spill_count: 3
+    """
+    expected = {"registers": 52, "spills": 3, "load_bits": 64, "store_bits": 16}
+    assert machine_code.read_amd(assembly) == expected
+    with pytest.raises(ValueError, match="vgpr_spill_count"):
+        machine_code.read_amd(assembly.replace("vgpr_spill_count", "vgpr_spilled"))
+
+
+def test_bad_options_fail_before_compiling(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    (tmp_path / "file").write_text("")
+    assert main(["codegen", "--json", str(tmp_path / "file" / "rows.json")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["codegen", "--workers", "0"])
+    assert stop.value.code == 2
 
 
 def test_a_narrow_or_unrecognized_access_is_a_failure() -> None:
-    row = {"load_bits": 128, "store_bits": None, "planned_bits": 128}
+    row = {"load_bits": 128, "store_bits": None, "planned_bits": 128, "target": "sm_90"}
     assert not codegen._is_narrow(row)
     assert codegen._is_narrow(row | {"load_bits": 16})
     assert codegen._is_narrow(row | {"store_bits": 64})

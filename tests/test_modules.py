@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 import tritonbn
+from tests.launches import recorded
 from tests.parity import assert_matches, assert_same_error, raised_by, random
 
 # ours, torch's, a shape that it accepts
@@ -116,10 +117,13 @@ def test_training_then_eval_follows_torch(kind: Kind, options: dict[str, Any], d
 def step_of(module: nn.Module, input: Tensor) -> dict[str, Tensor]:
     """Output of one forward, and the gradients of its weighted sum in the input and the parameters."""
     leaf = input.clone().requires_grad_()
-    output = module(leaf)
     parameters = dict(module.named_parameters())
-    grad = random(*output.shape, seed=5).to(output)
-    gradients = torch.autograd.grad(output, [leaf, *parameters.values()], grad)
+    with recorded() as kernels:
+        output = module(leaf)
+        grad = random(*output.shape, seed=5).to(output)
+        gradients = torch.autograd.grad(output, [leaf, *parameters.values()], grad)
+    ours = isinstance(module, (tritonbn.BatchNorm1d, tritonbn.BatchNorm2d, tritonbn.BatchNorm3d))
+    assert bool(kernels) == (ours and input.numel() > 0), kernels
     return {"output": output.detach(), **dict(zip(["input", *parameters], gradients, strict=True))}
 
 

@@ -11,6 +11,7 @@ import tritonbn
 from tests import cases, exact
 from tests.cases import Fill, Layout
 from tests.closeness import Distance, distance
+from tests.launches import recorded
 from tritonbn.plan import forced
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -44,12 +45,13 @@ class Problem:
 
     def run(self, batch_norm: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, value) of the output, the gradients and the running statistics that there are."""
-        x = self.x.clone().requires_grad_()
+        before = self.x.clone()
+        x = self.x.detach().requires_grad_()
         parameters = [None if p is None else p.clone().requires_grad_() for p in (self.weight, self.bias)]
         running = [None if s is None else s.clone() for s in self.running]
         y = batch_norm(x, *running, *parameters, self.training, self.momentum, self.eps)
         y.backward(self.dy)  # type: ignore[no-untyped-call]
-        assert torch.equal(x.detach(), self.x), "the input was modified"
+        assert torch.equal(self.x, before), "the input was modified"
         values = (y.detach(), x.grad, *(None if p is None else p.grad for p in parameters), *running)
         yield from ((name, value) for name, value in zip(NAMES, values, strict=True) if value is not None)
 
@@ -60,18 +62,22 @@ class Problem:
         )
         exact_by_name = dict(zip(NAMES, truth, strict=True))
         theirs = dict(self.run(torch.nn.functional.batch_norm))
-        for name, ours in self.run(tritonbn.functional.batch_norm):
+        with recorded() as kernels:
+            found = list(self.run(tritonbn.functional.batch_norm))
+        assert 2 <= len(kernels) <= 4, "at most two launches each way"
+        for name, ours in found:
             true = exact_by_name[name]
             assert true is not None
             yield name, distance(ours, theirs[name], true, name)
 
 
 def check(*args: Any, **options: Any) -> None:
-    """As good as torch on one draw of the data; where chance decides (few channels), on the worst of eight draws."""
+    """As good as torch on one draw of the data; where chance decides (few channels), on the worst of four draws."""
     worst: dict[str, Distance] = {}
-    for seed in range(8):
-        for name, found in Problem(*args, seed=seed, **options).distances():
-            worst[name] = found.worst(worst.get(name, found))
+    for seeds in ((0,), (1, 2, 3)):
+        for seed in seeds:
+            for name, found in Problem(*args, seed=seed, **options).distances():
+                worst[name] = found.worst(worst.get(name, found))
         if all(found.is_fine() for found in worst.values()):
             return
     raise AssertionError(f"errors (ours, torch's, one ulp): {worst}")
@@ -90,9 +96,12 @@ def test_every_layout(layout: Layout, path: str, training: bool, dtype: torch.dt
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("path", [SPLIT, SINGLE])
 @pytest.mark.parametrize("layout", cases.FEW_LAYOUTS)
-def test_absent_parameters(layout: Layout, path: str, training: bool, affine: str, device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_absent_parameters(
+    dtype: torch.dtype, layout: Layout, path: str, training: bool, affine: str, device: torch.device
+) -> None:
     with forced(path):  # type: ignore[arg-type]
-        check(layout, cases.gaussian(), torch.float32, device, affine=affine, tracked=False, training=training)
+        check(layout, cases.gaussian(), dtype, device, affine=affine, tracked=False, training=training)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -104,11 +113,13 @@ def test_parameters_in_half_precision(layout: Layout, path: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("path", "splits"), [("single", 1), ("split", 1), ("split", 2), ("split", 5)])
 @pytest.mark.parametrize("layout", cases.FEW_LAYOUTS)
 @pytest.mark.parametrize("fill", cases.FILLS)
-def test_hard_data(fill: Fill, layout: Layout, splits: int, dtype: torch.dtype, device: torch.device) -> None:
-    with forced("split", splits):
+def test_hard_data(
+    fill: Fill, layout: Layout, path: str, splits: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    with forced(path, splits):  # type: ignore[arg-type]
         check(layout, fill, dtype, device)
 
 
@@ -128,14 +139,18 @@ def test_eps(eps: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [1, 3])
-def test_unaligned_storage(offset: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("layout", cases.FEW_LAYOUTS)
+def test_unaligned_storage(layout: Layout, offset: int, dtype: torch.dtype, device: torch.device) -> None:
     """Tensors that start off a 16-byte boundary."""
-    for layout in (Layout((24, 32)), Layout((2, 8, 7, 7))):
-        problem = Problem(layout, cases.gaussian(), dtype, device)
-        storage = torch.zeros(problem.x.numel() + offset, dtype=dtype, device=device)
-        problem.x = storage[offset:].view(layout.shape).copy_(problem.x)
-        for name, found in problem.distances():
-            assert found.is_fine(), (name, found)
+    problem = Problem(layout, cases.gaussian(), dtype, device)
+    for name in ("x", "dy"):
+        tensor = getattr(problem, name)
+        storage = torch.zeros(tensor.numel() + offset, dtype=dtype, device=device)
+        unaligned = storage.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+        assert unaligned.data_ptr() % 16
+        setattr(problem, name, unaligned)
+    for name, found in problem.distances():
+        assert found.is_fine(), (name, found)
 
 
 def test_running_statistics_follow_torch(device: torch.device) -> None:

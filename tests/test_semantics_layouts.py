@@ -63,7 +63,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         lambda x: channels_last(x.repeat_interleave(2, 0))[::2],
     ),
     "unaligned": ((2, 3, 5), shifted),
-    "unaligned-channels-last": ((2, 3, 4, 3), lambda x: reordered(0, 2, 3, 1)(shifted(x))),
+    "unaligned-channels-last": ((2, 3, 4, 3), lambda x: shifted(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
     "window": ((2, 3, 4, 3), window),
     "window-2d": ((6, 3), window),
     "every-other-row": ((3, 3, 4), every_other_row),
