@@ -15,23 +15,30 @@ SUBJECTS = {
 }
 
 
-def dispatch(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of the chosen command, and in `run` what carries it out."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of tritonbn.")
     commands = parser.add_subparsers(dest="subject", metavar="command", required=True)
+    subjects = {
+        name: commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        for name, summary in SUBJECTS.items()
+    }
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    for name, summary in SUBJECTS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name == chosen:
-            # Only the chosen subject is imported: --help must not wait for torch and matplotlib.
-            subject = importlib.import_module(f"bench.{name}")
-            subject.add_arguments(command)
-    args = parser.parse_args(argv)
-    return int(subject.run(args))
+    if chosen in subjects:
+        # Only the chosen subject is imported: --help must not wait for torch and matplotlib.
+        subject = importlib.import_module(f"bench.{chosen}")
+        subject.add_arguments(subjects[chosen])
+        subjects[chosen].set_defaults(run=subject.run)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # `parse_args` would show the usage of `parser` and no option of the subject
+        subjects[args.subject].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return int(args.run(args))
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,24 +19,27 @@ class Finding:
     what: str
     unit: str
     allowed: float
-    seen: list[float]  # one per seed
+    seen: list[float | None]  # one per seed; None where neither arm got so far
 
     @property
-    def worst(self) -> float:
-        return largest(self.seen)
+    def worst(self) -> float | None:
+        known = [value for value in self.seen if value is not None]
+        return largest(known) if known else None
 
     @property
-    def passed(self) -> bool:
-        return self.worst <= self.allowed  # which a NaN is not
+    def passed(self) -> bool | None:
+        """None without anything to compare."""
+        return None if self.worst is None else self.worst <= self.allowed  # which a NaN is not
 
 
 def check(rows: Sequence[Row]) -> list[Finding]:
     theirs, ours = ([row for row in rows if row["arm"] == arm] for arm in ("torch", "tritonbn"))
     pairs = list(zip(theirs, ours, strict=True))
     count = min(FIRST_LOSSES, rows[0]["steps"])
+    first = "first step" if count == 1 else f"first {count} steps"
     return [
         Finding(
-            f"relative loss difference, first {count} steps",
+            f"relative loss difference, {first}",
             "",
             LOSS_TOLERANCE,
             [loss_difference(a["first_losses"], b["first_losses"]) for a, b in pairs],
@@ -51,7 +54,7 @@ def check(rows: Sequence[Row]) -> list[Finding]:
             "difference in arrival at 90%",
             "evaluation",
             ARRIVAL_TOLERANCE,
-            [abs(arrival(a) - arrival(b)) for a, b in pairs],
+            [arrival_difference(a, b) for a, b in pairs],
         ),
     ]
 
@@ -63,6 +66,11 @@ def loss_difference(theirs: Sequence[float], ours: Sequence[float]) -> float:
 def largest(values: Sequence[float]) -> float:
     """The maximum, where a NaN counts as the largest: `max` may lose it."""
     return max(values, key=lambda value: (value != value, value))
+
+
+def arrival_difference(theirs: Row, ours: Row) -> float | None:
+    never = theirs["steps_to_90"] is None and ours["steps_to_90"] is None
+    return None if never else abs(arrival(theirs) - arrival(ours))
 
 
 def arrival(row: Row) -> int:

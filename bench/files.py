@@ -33,6 +33,8 @@ def writable_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except FileExistsError:
+        raise BenchError(f"{path}: expected a folder, got a file") from None
     except OSError as error:
         raise BenchError(f"cannot write to {path}: {error.strerror}") from None
     return path

@@ -14,6 +14,7 @@ from bench.errors import BenchError
 SIDE = 28
 CLASSES = 10
 IMAGE_MAGIC, LABEL_MAGIC = 2051, 2049
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Examples(NamedTuple):
@@ -23,12 +24,15 @@ class Examples(NamedTuple):
 
 def unpacked(content: bytes) -> bytes:
     """The bytes themselves, or what is in them when they are a gzip file."""
-    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    return gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
 
 
 def read(path: Path) -> bytes:
     try:
-        return unpacked(path.read_bytes())
+        content = path.read_bytes()
+        if path.suffix == ".gz" and not content.startswith(GZIP_MAGIC):
+            raise BenchError(f"{path}: is named .gz but is no gzip file")
+        return unpacked(content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BenchError(f"{path}: expected a whole gzip file, got a corrupt one ({error})") from None
     except OSError as error:

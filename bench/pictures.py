@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.files import atomic
-from bench.report import LABELS
+from bench.report import LABELS, counted
 from bench.training import ARMS, PERCENTILES, Row
 
 # Wide and pale below narrow and dark: arms that agree stay visible.
@@ -29,7 +29,7 @@ def mnist_panels(rows: Sequence[Row], data: str, path: Path) -> None:
     percentile_panel(with_bn, first["tritonbn"], "(c) with tritonbn")
     with_bn.sharey(without)
     without.set_ylabel("input of one last-layer sigmoid")
-    figure.suptitle(f"{data}; {rows[0]['steps']:,} steps of 60", fontsize="small", color="#555555")
+    figure.suptitle(f"{data}; {counted(rows[0]['steps'], 'step')} of 60", fontsize="small", color="#555555")
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
 

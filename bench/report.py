@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 
 from bench.agreement import Finding
@@ -10,21 +11,25 @@ from bench.measure import quartiles
 from bench.training import ARMS, Row
 
 LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm1d", "tritonbn": "tritonbn"}
+RESULTS = {True: "pass", False: "FAIL", None: "neither arrived"}
+SWAP_ONLY = (
+    "both arms run torch's own kernels here: this checks the swap, not our kernels; their difference in speed is noise"
+)
 
 
-def summary(rows: Sequence[Row]) -> Table:
+def summary(rows: Sequence[Row], data: str) -> Table:
     """One line per arm; with several seeds the mean and the range over them."""
     seeds = len({row["seed"] for row in rows})
     table = Table(
-        title=f"{rows[0]['steps']:,} steps, " + (f"{seeds} seeds: mean (range)" if seeds > 1 else "1 seed"),
+        title=f"{data}, {counted(rows[0]['steps'], 'step')}, {counted(seeds, 'seed')}" + ": mean (range)" * (seeds > 1),
         caption="step time: median (quartiles) over blocks; evaluation not counted",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("arm", no_wrap=True)
+    table.add_column("arm")
     for title in ("steps/s", "images/s", "step time\n/ no BN", "test\naccuracy", "steps\nto 90%"):
-        table.add_column(title, justify="right", overflow="fold")
+        table.add_column(title, justify="right")
     separator = "\n" if seeds > 1 else " "  # two lines keep the ranges within 80 columns
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
@@ -38,6 +43,18 @@ def summary(rows: Sequence[Row]) -> Table:
             spread([row["test_accuracy"] for row in mine], "{:.2f}%", separator),
             arrivals([row["steps_to_90"] for row in mine], separator),
         )
+    return uncut(table, 0)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def uncut(table: Table, first: int) -> Table:
+    """Columns from `first` on keep the width of their longest line: a narrow terminal shortens no number."""
+    for column in table.columns[first:]:
+        lines = "\n".join(map(str, (column.header, *column.cells))).split("\n")
+        column.no_wrap, column.min_width = True, max(map(cell_len, lines))
     return table
 
 
@@ -56,23 +73,23 @@ def arrivals(steps: Sequence[int | None], separator: str) -> str:
     return "never" if not arrived else f"never in{separator}{len(steps) - len(arrived)} of {len(steps)}"
 
 
-def agreement(findings: Sequence[Finding]) -> Table:
+def agreement(findings: Sequence[Finding], kernels_compared: bool) -> Table:
     table = Table(
         title="does tritonbn follow nn.BatchNorm1d with the same seed?",
-        caption="evaluated each 100 steps up to 2,000, then each 500",
+        caption="evaluated each 100 steps up to 2,000, then each 500" + f"\n{SWAP_ONLY}" * (not kernels_compared),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("compared")
+    table.add_column("compared", min_width=len("difference,"))
     table.add_column("allowed", justify="right")
-    table.add_column("largest seen", justify="right")
+    table.add_column("largest\nseen", justify="right")
     table.add_column("result")
     for finding in findings:
         table.add_row(
             finding.what,
             f"{finding.allowed:g} {finding.unit}",
-            f"{finding.worst:.2g}",
-            "pass" if finding.passed else "FAIL",
+            "-" if finding.worst is None else f"{finding.worst:.2g}",
+            RESULTS[finding.passed],
         )
-    return table
+    return uncut(table, 1)

@@ -1,13 +1,21 @@
 """The run on a GPU machine: its steps, and what becomes of a failure, without a GPU."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
+pytest.importorskip("matplotlib", reason="the benchmarks are an extra: pip install -e .[bench]")
+
 from bench import gpu
-from bench.__main__ import main
+from bench.__main__ import main, parse
+
+ROOT = Path(gpu.__file__).parent.parent
 
 
 @pytest.fixture
@@ -43,8 +51,32 @@ def test_a_failing_step_costs_no_other(
 
 
 def test_steps_are_commands_that_exist(tmp_path: Path) -> None:
-    for step in gpu.steps(tmp_path, tmp_path):
-        if step.command[1] == "bench":
-            with pytest.raises(SystemExit) as stop:
-                main([*step.command[2:], "--help"])
-            assert stop.value.code == 0
+    modules = []
+    for _, module, *words in (step.command for step in gpu.steps(tmp_path / "out", tmp_path / "data")):
+        modules.append(module)
+        if module == "bench":
+            args = parse(words)
+            assert (args.out, args.data, args.device) == (tmp_path / "out", tmp_path / "data", "cuda")
+        else:
+            paths = [word.removeprefix("--ignore=") for word in words if "tests" in word]
+            assert paths
+            assert all((ROOT / path).exists() for path in paths)
+    assert modules == ["pytest", "bench"]
+
+
+def made(*words: str) -> list[str]:
+    """What make would run, whichever make runs this test."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is missing")
+    clean = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
+    command = [make, "--dry-run", *words]
+    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_make_gpu_takes_the_python_at_hand() -> None:
+    assert [line.split() for line in made("VENV=", "PYTHON=python3", "gpu")] == [["python3", "-m", "bench", "gpu"]]
+
+
+def test_make_bench_hands_on_its_arguments() -> None:
+    assert made("bench", "ARGS=--data X")[-1].endswith(" -m bench mnist --data X")

@@ -1,5 +1,6 @@
 """`python -m bench mnist`: what it prints and writes, and how it ends."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from torch import nn
 pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks are an extra: pip install -e .[bench]")
 
+from rich.console import Console
+
 import tritonbn
-from bench import training
+from bench import mnist, pictures, training
 from bench.__main__ import main
 from tests import idx_files
 from tritonbn import launch
@@ -54,7 +57,20 @@ def test_json_says_everything(results: Path) -> None:
     content = json.loads((results / "mnist.json").read_text())
     assert {"machine", "settings", "data", "batch_norm_path", "check", "arms"} <= content.keys()
     assert {"device", "cpu", "threads", "python", "torch", "triton", "tritonbn", "commit"} <= content["machine"].keys()
-    assert content["settings"]["steps"] == STEPS
+    assert content["settings"] == {
+        "steps": STEPS,
+        "seeds": 2,
+        "batch": 60,
+        "learning_rate": 0.1,
+        "optimizer": "SGD",
+        "hidden": [100, 100, 100],
+        "weight_std": 0.1,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "evaluated_at": [100, 200, STEPS],
+        "percentiles": [15, 50, 85],
+    }
+    assert content["kernels_compared"] is False
     assert [finding["passed"] for finding in content["check"]] == [True] * 3
     arms = content["arms"]
     assert [(row["arm"], row["seed"]) for row in arms] == [(arm, seed) for seed in (0, 1) for arm in training.ARMS]
@@ -76,12 +92,64 @@ def test_picture_and_nothing_else_is_left(results: Path) -> None:
     assert (results / "mnist.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_panels_show_what_they_say(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def panel(_: object, row: training.Row, title: str) -> None:
+        drawn.append((row["arm"], row["seed"], title))
+
+    monkeypatch.setattr(pictures, "percentile_panel", panel)
+    pictures.mnist_panels(json.loads((results / "mnist.json").read_text())["arms"], "data", tmp_path / "a.png")
+    assert drawn == [("none", 0, "(b) without batch norm"), ("tritonbn", 0, "(c) with tritonbn")]
+
+
 def test_run_prints_what_it_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(folder, tmp_path)) == 0
+    assert main(command(folder, tmp_path, "--steps", "1")) == 0
     said = capsys.readouterr().out
-    for part in ("torch " + torch.__version__, "our batch norm: ", "steps/s", "nn.BatchNorm1d", "pass"):
+    title = "idx files other than the original MNIST, 1 step, 1 seed"
+    for part in ("torch " + torch.__version__, "our batch norm: ", "steps/s", "nn.BatchNorm1d", "pass", "first step"):
         assert part in said
+    for sentence in (title, "this checks the swap, not our kernels; their difference in speed is noise"):
+        assert sentence in " ".join(said.split())
+    assert "neither arrived" in said
     assert "FAIL" not in said
+
+
+def run_in(terminal: Console, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the command writes to the terminal."""
+    monkeypatch.setattr(mnist, "console", terminal)
+    assert main(arguments) == 0
+    assert isinstance(terminal.file, io.StringIO)
+    return terminal.file.getvalue()
+
+
+def test_bars_in_a_terminal(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100, markup=False, highlight=False)
+    said = run_in(terminal, command(folder, tmp_path, "--steps", "150", "--seeds", "2"), monkeypatch)
+    before, _, _ = said.partition("steps/s")
+    for progress in ("  0/300", "100/300", "150/300", "250/300", "300/300"):
+        assert progress in before
+    for accuracy in (row["test_accuracy"] for row in json.loads((tmp_path / "mnist.json").read_text())["arms"]):
+        assert f"{accuracy:.2f}%" in before
+
+
+def test_narrow_terminal_shortens_no_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), width=40, markup=False, highlight=False)
+    said = run_in(terminal, command(folder, tmp_path, "--steps", "120"), monkeypatch)
+    assert "…" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith(" tritonbn")]
+    row = json.loads((tmp_path / "mnist.json").read_text())["arms"][2]
+    low, median, high = row["step_time_to_none_quartiles"]
+    assert line.split() == [
+        "tritonbn",
+        f"{row['steps_per_second']:.0f}",
+        f"{row['images_per_second']:,.0f}",
+        f"{median:.2f}",
+        f"({low:.2f}-{high:.2f})",
+        f"{row['test_accuracy']:.2f}%",
+        f"{row['steps_to_90']}",
+    ]
 
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="kernels need a GPU or TRITON_INTERPRET=1")
@@ -90,7 +158,9 @@ def test_kernels_follow_torch(folder: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(training, "WARM_UP", 1)
     options = ("--steps", "3") if INTERPRETED else ("--steps", "120", "--device", "cuda")
     assert main(command(folder, tmp_path, *options)) == 0
-    assert "Triton kernels" in json.loads((tmp_path / "mnist.json").read_text())["batch_norm_path"]
+    content = json.loads((tmp_path / "mnist.json").read_text())
+    assert "Triton kernels" in content["batch_norm_path"]
+    assert content["kernels_compared"] is True
 
 
 def test_arm_that_strays_fails_the_command(
@@ -129,7 +199,10 @@ def test_arm_that_breaks_down_fails_and_is_still_reported(
         pytest.param(("--device", "nonsense"), "--device nonsense: expected cpu or cuda", id="device"),
         pytest.param(("--device", "meta"), "--device meta: expected cpu or cuda", id="device-kind"),
         pytest.param(("--device", "cuda:99"), "--device cuda:99: not available", id="gpu"),
-        pytest.param(("--out", __file__), f"cannot write to {__file__}", id="out"),
+        pytest.param(("--out", __file__), f"{__file__}: expected a folder, got a file", id="out"),
+        pytest.param(("--out", f"{__file__}/deeper"), f"cannot write to {__file__}/deeper", id="out-in-a-file"),
+        pytest.param(("--steps", "10000001"), "--steps 10000001: expected at most 10,000,000", id="steps"),
+        pytest.param(("--threads", "100000"), "--threads 100000: expected at most", id="threads"),
     ],
 )
 def test_wrong_option_is_named_before_training(
@@ -149,6 +222,15 @@ def test_numbers_are_whole_and_positive(option: str, value: str, capsys: pytest.
         main(["mnist", f"{option}={value}"])
     assert stop.value.code == 2
     assert f"expected a whole number from 1, got {value}" in capsys.readouterr().err
+
+
+def test_unknown_option_shows_the_commands_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["mnist", "--stepz", "3"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: python -m bench mnist ")
+    assert "unrecognized arguments: --stepz 3" in said
 
 
 def test_less_than_a_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

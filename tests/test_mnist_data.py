@@ -132,6 +132,13 @@ def test_corrupt_gzip_is_named(tmp_path: Path, damage: Callable[[bytes], bytes])
         mnist_data.load(tmp_path)
 
 
+def test_false_gzip_is_named(tmp_path: Path) -> None:
+    path = idx_files.write(tmp_path, FILES, packed=True) / f"{LABELS}.gz"
+    path.write_bytes(FILES[LABELS])
+    with pytest.raises(BenchError, match=f"{LABELS}.gz: is named .gz but is no gzip file"):
+        mnist_data.load(tmp_path)
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     (idx_files.write(tmp_path, FILES) / LABELS).unlink()
     with pytest.raises(BenchError, match=f"{LABELS}: expected this file or its .gz"):
@@ -227,6 +234,15 @@ def test_wrong_bytes_from_a_mirror_end_in_the_digits(
     assert data.train.images.shape == (1437, 784)
     assert set(data.train.images.flatten().tolist()) == {0, 1}
     assert torch.equal(data.test.labels, mnist_data.digits().test.labels)
+
+
+def test_digits_are_tested_on_others_than_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    numbered = datasets.load_digits()
+    numbered.target = torch.arange(1797).numpy()  # each label tells which example it is
+    monkeypatch.setattr(datasets, "load_digits", lambda: numbered)
+    data = mnist_data.digits()
+    assert torch.equal(torch.cat([data.train.labels, data.test.labels]).sort().values, torch.arange(1797))
 
 
 def test_silent_mirror_is_left_in_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
