@@ -244,8 +244,7 @@ def test_wrong_dtype_or_device_raises_as_torch(changes: dict[str, Any], device: 
         assert raised == expected
     else:
         assert issubclass(raised[0], RuntimeError)
-    # torch 2.13 itself writes them before it refuses a tensor on meta.
-    assert statistics_untouched(ours) or not statistics_untouched(theirs)
+    assert statistics_untouched(ours)  # though torch 2.13 itself writes them before it refuses a tensor on meta
 
 
 @pytest.mark.parametrize("learned", ["input", "weight", "bias"])

@@ -48,6 +48,8 @@ def batch_norm(
         result = handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
         return result
     if not _takes_kernels(input, running_mean, running_var, weight, bias, training, momentum, eps):
+        if _on_several_devices(*tensors):  # torch writes the statistics before it refuses
+            running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     momentum, eps = float(momentum), float(eps)
     compiling = torch.compiler.is_compiling()
@@ -116,6 +118,10 @@ def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
         and v.device == x.device
         for v in given
     )
+
+
+def _on_several_devices(*tensors: Tensor | None) -> bool:
+    return len({t.device for t in tensors if isinstance(t, Tensor)}) > 1
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
