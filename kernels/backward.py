@@ -14,6 +14,7 @@ from .tiles import (
     filled,
     fold,
     load_channels,
+    load_scale,
     load_tile,
     spread,
     store_tile,
@@ -21,15 +22,6 @@ from .tiles import (
     tile_count,
     widen,
 )
-
-
-@triton.jit
-def load_scale(weight_ptr, rstd, c, live):
-    """rstd * weight [BLOCK_G]; an absent weight is 1."""
-    scale = rstd
-    if weight_ptr is not None:
-        scale = rstd * load_channels(weight_ptr, c, live)
-    return scale
 
 
 @triton.jit

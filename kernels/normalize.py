@@ -4,19 +4,16 @@ import triton
 import triton.language as tl
 
 from .statistics import program_statistics, reciprocal_std, store_statistics
-from .tiles import channels, filled, load_channels, load_tile, spread, store_tile, tile, tile_count, widen
+from .tiles import channels, filled, load_channels, load_scale, load_tile, spread, store_tile, tile, tile_count, widen
 
 
 @triton.jit
 def load_affine(weight_ptr, bias_ptr, rstd, c, live):
     """(scale, shift) [BLOCK_G]: y = (x - mean) * scale + shift; an absent weight is 1, an absent bias 0."""
-    scale = rstd
-    if weight_ptr is not None:
-        scale = rstd * load_channels(weight_ptr, c, live)
     shift = tl.zeros_like(rstd)
     if bias_ptr is not None:
         shift = load_channels(bias_ptr, c, live)
-    return scale, shift
+    return load_scale(weight_ptr, rstd, c, live), shift
 
 
 @triton.jit

@@ -103,6 +103,15 @@ def load_channels(ptr, c, live):
 
 
 @triton.jit
+def load_scale(weight_ptr, rstd, c, live):
+    """rstd * weight [BLOCK_G]; an absent weight is 1."""
+    scale = rstd
+    if weight_ptr is not None:
+        scale = rstd * load_channels(weight_ptr, c, live)
+    return scale
+
+
+@triton.jit
 def fold(v, T: tl.constexpr):
     """Sum a tile [BLOCK_L, BLOCK_R] over rows and lanes to one value per channel [BLOCK_G]."""
     v = tl.sum(v, 1)  # [BLOCK_L]

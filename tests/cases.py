@@ -63,7 +63,7 @@ _LAYOUTS = {
     "channels-last-odd": Layout((2, 7, 3, 5), torch.channels_last),
     "channels-last-3d": Layout((2, 8, 2, 3, 3), torch.channels_last_3d),
 }
-_ON_GPU = {
+_LARGE = {
     "rows-long": Layout((100_003, 32)),
     "rows-wide": Layout((260, 4099)),
     "planes-resnet-56": Layout((16, 64, 56, 56)),
@@ -80,7 +80,8 @@ def _named(table: dict[str, Layout]) -> list[object]:
     return [pytest.param(value, id=name) for name, value in table.items()]
 
 
-LAYOUTS = _named(_LAYOUTS | (_ON_GPU if torch.cuda.is_available() else {}))
+LAYOUTS = _named(_LAYOUTS)
+LARGE_LAYOUTS = _named(_LARGE)  # for a GPU: sizes at which plans split by themselves
 FEW_LAYOUTS = _named(
     {k: _LAYOUTS[k] for k in ("rows", "rows-folded", "planes-blocks", "planes-7x7-groups", "channels-last")}
 )

@@ -92,6 +92,15 @@ def test_every_layout(layout: Layout, path: str, training: bool, dtype: torch.dt
         check(layout, cases.gaussian(0.5, 2.0), dtype, device, training=training)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: too large for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", [None, "single", "split"], ids=["own-plan", "single", "split"])
+@pytest.mark.parametrize("layout", cases.LARGE_LAYOUTS)
+def test_large_layouts(layout: Layout, path: Any, dtype: torch.dtype, device: torch.device) -> None:
+    with forced(path):
+        check(layout, cases.gaussian(0.5, 2.0), dtype, device)
+
+
 @pytest.mark.parametrize("affine", ["weight", "bias", "neither"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("path", [SPLIT, SINGLE])

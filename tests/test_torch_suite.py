@@ -1,4 +1,7 @@
-"""PyTorch's own samples and error inputs of batch norm, run on ours and compared with torch."""
+"""PyTorch's own samples of batch norm (OpInfo, ModuleInfo with its error inputs) on ours, compared with torch.
+
+The OpInfo of batch norm has no error inputs (torch 2.13): the wrong calls of the function are written here.
+"""
 
 from collections.abc import Callable
 from functools import partial

@@ -48,7 +48,7 @@ def batch_norm(
         result = handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
         return result
     if not _takes_kernels(input, running_mean, running_var, weight, bias, training, momentum, eps):
-        if _on_several_devices(*tensors):  # torch writes the statistics before it refuses
+        if training and _on_several_devices(*tensors):  # torch writes the statistics before it refuses
             running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     momentum, eps = float(momentum), float(eps)

@@ -4,15 +4,15 @@ from math import gcd
 from typing import NamedTuple
 
 WARPS = 8
-# Bytes of a tile that a thread holds: two 128-bit loads. Accumulators are fp32, so 16-bit inputs make 2 x 16 registers
-# of sums, and reductions need less than 128. Narrow accesses need an address each: half as much.
+# Bytes of a streamed tile that a thread holds: two 128-bit loads. Accumulators are fp32, so 16-bit inputs make 2 x 16
+# registers of sums. Narrow accesses need an address each: half as much.
 BYTES_PER_THREAD = 32
 NARROW_BYTES_PER_THREAD = 16
 # The widest row of several channels: one tile of 8 warps. Odd planes beyond it are read an element at a time.
 MAX_LANE_BYTES = 8 << 10
 # Samples are read side by side if one program may merge all channels: few, or no merge because it has all of a tensor.
 MAX_FOLDED_CHANNELS = 64
-# A tensor up to here is one tile of one program, which keeps it in registers; twice as much spills in some kernels.
+# What one program owns is one tile up to here, kept in registers; twice as much spills in some kernels.
 RESIDENT_BYTES = 16 << 10
 
 
@@ -57,9 +57,8 @@ def _channel_group(C: int, S: int, vector: int, most: int) -> int:
     if in_sample == gcd(S, vector) and S >= 128:
         return 1
     step = in_sample // gcd(S, in_sample)
-    lanes = {
-        g: -(-C // g) * power_of_two(g * S) for g in range(step, C + step, step) if min(128, C * S) <= g * S <= most
-    }
+    groups = range(step, min(C + step, most // S + 1), step)
+    lanes = {g: -(-C // g) * power_of_two(g * S) for g in groups if g * S >= min(128, C * S)}
     return next((g for g in lanes if lanes[g] <= 1.25 * min(lanes.values())), 1)
 
 

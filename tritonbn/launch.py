@@ -22,7 +22,7 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
 # Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
-# register count of its own choosing; two programs of 8 warps per SM leave it 128 and more.
+# register count of its own choosing; of all that there are, split reductions that store no tile still take 128 at most.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
@@ -142,6 +142,11 @@ def frozen_backward(
     return Gradients(dx, dweight, dbias)
 
 
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def plan_for(operation: Operation, x: Tensor, memory_format: torch.memory_format) -> Plan:
     """The plan of `operation` for x, dense in `memory_format`."""
     N, C = x.shape[0], x.shape[1]
@@ -175,7 +180,7 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
 
 def _vector(x: Tensor, C: int) -> Tensor:
     """[C] in the dtype of the arithmetic on x."""
-    return torch.empty(C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    return torch.empty(C, dtype=arithmetic_dtype(x), device=x.device)
 
 
 def _gradients(
@@ -194,8 +199,7 @@ def _gradients(
 
 def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
     """Partial results [P, values, C]; from the caching allocator, which keeps streams apart."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty((plan.splits, values, plan.shape[1]), dtype=dtype, device=x.device)
+    return torch.empty((plan.splits, values, plan.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
 
 
 _ticket_pool: dict[tuple[torch.device, int], Tensor] = {}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbn import autograd
+from tritonbn import autograd, launch
 
 
 def _vector(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(x.shape[1], dtype=launch.arithmetic_dtype(x))
 
 
 def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ Path = Literal["single", "split"]
 SMALL_SLICE = 64 << 10
 # Up to here the slices of all running programs (two per SM) stay in an L2 of 50 MB, so the second pass finds them.
 L2_SLICE = 128 << 10
-# Reductions run two programs of 8 warps per SM; a wave of them should be full.
+# Split reductions take 128 registers at most (136 where they store dx of 17x17 planes): two programs of 8 warps per SM.
+# A wave of them should be full.
 PROGRAMS_PER_SM = 2
 FULL_WAVE = 0.95
-# Tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
+# Most tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
 APPLY_TILES = 4
 # The second axis of a CUDA grid.
 GRID_LIMIT = 65535
@@ -80,7 +81,7 @@ class Plan:
 
     @property
     def access_bits(self) -> int:
-        """Bits of the widest load or store that the shape allows, for 16-byte aligned tensors."""
+        """Bits of the tiles' loads and stores, for 16-byte aligned tensors."""
         return min(128, 8 * self.itemsize * self.tile.V)
 
     def __str__(self) -> str:
