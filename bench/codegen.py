@@ -24,6 +24,8 @@ from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.mnist import positive
 from tritonbn import launch
+from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
+from tritonbn.autograd import keeps_bits
 from tritonbn.plan import Plan, forced
 
 TARGETS = {
@@ -33,7 +35,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+            torch.uint8: "*u8", torch.int32: "*i32"}  # fmt: skip
 
 # [N, C, ...]; ResNet-50 at batch 256 has all but the 112 x 112 one in several layers.
 RESNET50 = [
@@ -63,6 +66,26 @@ SUBSET = [
     (4096, 2, 49),
     (32, 192, 17, 17),
 ]
+# All activations: rows, whole planes and groups of planes.
+FEW = [(60, 100), (256, 256, 56, 56), (256, 512, 7, 7)]
+
+
+class Epilogue(NamedTuple):
+    """What follows batch norm in the same kernels."""
+
+    activation: Activation = IDENTITY
+    residual: bool = False
+    save_output: bool = False
+
+    def __str__(self) -> str:
+        parts = ["add"] * self.residual + [str(self.activation)] * (self.activation != IDENTITY)
+        return " + ".join(parts + ["(from output)"] * self.save_output) or "-"
+
+
+PLAIN = Epilogue()
+COMMON = [PLAIN, Epilogue(resolve("relu")), Epilogue(resolve("relu"), True)]
+EVERY = [Epilogue(resolve(name), residual) for name in NAMES for residual in (False, True)]
+EVERY += [Epilogue(act, save_output=True) for act in map(resolve, NAMES) if act.invertible]
 
 
 class Launch(NamedTuple):
@@ -81,9 +104,10 @@ class Case(NamedTuple):
     plan: Plan
     dtype: str
     shape: tuple[int, ...]
+    epilogue: Epilogue
 
 
-def cases(shapes: list[tuple[int, ...]], dtypes: list[str]) -> Iterator[Case]:
+def cases(shapes: list[tuple[int, ...]], dtypes: list[str], epilogues: list[Epilogue]) -> Iterator[Case]:
     """Every launch of forward, backward, inference and frozen backward, in both layouts where there are two."""
     for shape in shapes:
         formats = [torch.contiguous_format]
@@ -91,28 +115,38 @@ def cases(shapes: list[tuple[int, ...]], dtypes: list[str]) -> Iterator[Case]:
             formats.append(torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
         for memory_format in formats:
             for dtype in dtypes:
-                for recorded, plan in record(shape, DTYPES[dtype], memory_format):
-                    yield Case(recorded, plan, dtype, shape)
+                for epilogue in epilogues:
+                    for recorded, plan in record(shape, DTYPES[dtype], memory_format, epilogue):
+                        yield Case(recorded, plan, dtype, shape, epilogue)
 
 
 def record(
-    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, epilogue: Epilogue = PLAIN
 ) -> Iterator[tuple[Launch, Plan]]:
     """The launches for one input, both paths where the plan would take one launch and two are possible."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
     w, b, mean, var = torch.empty((4, shape[1]), dtype=parameter, device="meta")
+    activation = epilogue.activation
+    residual = x if epilogue.residual else None
+    keep_bits = keeps_bits(residual, activation)
+    needs_residual = residual if activation != IDENTITY and not keep_bits else None
     calls: list[tuple[Launch, Plan]] = []
-    everything = (True, True, True)
+
+    def backward(training: bool, *wanted: bool) -> None:
+        saved = launch.Saved(x, w, b, needs_residual, bits, None if epilogue.save_output else mean, var)
+        with_residual = epilogue.residual and activation != IDENTITY
+        launch.backward(x, saved, training, activation, parameter, (*wanted, with_residual))  # type: ignore[arg-type]
+
     with recording(calls):
-        own_path = launch.plan_for("forward", x, memory_format).path
+        own_path = launch.plan_for("forward", x).path
         for path in ("split", "single") if own_path == "single" else ("split",):
             with forced(path):
-                launch.forward(x, w, b, mean, var, 0.1, 1e-5, memory_format)
-                launch.backward(x, x, w, mean, var, parameter, everything, memory_format)
-        launch.inference(x, w, b, mean, var, 1e-5, memory_format, keep=True)
-        launch.frozen_backward(x, x, w, mean, var, parameter, everything, memory_format)
-        launch.frozen_backward(x, x, w, mean, var, parameter, (True, False, False), memory_format)
+                _, bits, _, _ = launch.forward(x, residual, w, b, mean, var, 0.1, 1e-5, activation, keep_bits)
+                backward(True, True, True, True)
+        launch.inference(x, residual, w, b, mean, var, 1e-5, activation, keep_bits, keep=True)
+        backward(False, True, True, True)
+        backward(False, True, False, False)
     yield from dict.fromkeys(calls)
 
 
@@ -120,7 +154,7 @@ def record(
 def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
     """Within, launches are written down instead of started."""
 
-    def note(kernel: Any, grid: Any, plan: Plan, *args: Any, **constants: int) -> None:
+    def note(kernel: Any, grid: Any, plan: Plan, *args: Any, **constants: Any) -> None:
         values = dict(zip(kernel.arg_names, args, strict=False))
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
@@ -137,7 +171,7 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
 def _kind(value: torch.Tensor | float | int) -> str:
     """The type that Triton gives an argument at launch; sizes are not specialized."""
     if isinstance(value, torch.Tensor):
-        return POINTERS.get(value.dtype, "*i32")
+        return POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp64"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -176,7 +210,8 @@ def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[
         for target in targets:
             found = facts[case.launch, target]
             yield {
-                "kernel": case.launch.kernel, "path": case.plan.path, "layout": case.plan.layout, "dtype": case.dtype,
+                "kernel": case.launch.kernel, "epilogue": str(case.epilogue), "path": case.plan.path,
+                "layout": case.plan.layout, "dtype": case.dtype,
                 "shape": list(case.shape), "target": target, "registers": found["registers"],
                 "spills": found["spills"], "shared_bytes": found["shared_bytes"], "load_bits": found["load_bits"],
                 "store_bits": found["store_bits"], "planned_bits": case.plan.access_bits,
@@ -189,6 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="sm_90", help="GPU to compile for")
     parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
     parser.add_argument("--subset", action="store_true", help="a few telling shapes instead of all")
+    parser.add_argument("--activations", action="store_true", help="all of them in the subset too")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
 
@@ -201,7 +237,10 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(args.json.parent)
     targets = list(TARGETS) if args.target == "all" else [args.target]
     dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
-    chosen = list(cases(SUBSET if args.subset else RESNET50 + FULLY_CONNECTED + AWKWARD, dtypes))
+    everything = RESNET50 + FULLY_CONNECTED + AWKWARD
+    chosen = list(cases(SUBSET if args.subset else everything, dtypes, COMMON))
+    if not args.subset or args.activations:
+        chosen += cases(FEW, dtypes, EVERY)
     found = list(rows(chosen, targets, args.workers))
     print_table(found)
     spilling, narrow = [row for row in found if row["spills"]], [row for row in found if _is_narrow(row)]
@@ -234,8 +273,8 @@ def _is_narrow(row: dict[str, Any]) -> bool:
 
 def print_table(found: list[dict[str, Any]]) -> None:
     """One line a row, whatever the width of the terminal."""
-    names = ["kernel", "path", "layout", "dtype", "shape", "target", "registers", "spills", "shared_bytes", "load_bits",
-             "store_bits", "planned_bits", "sample_bits"]  # fmt: skip
+    names = ["kernel", "epilogue", "path", "layout", "dtype", "shape", "target", "registers", "spills", "shared_bytes",
+             "load_bits", "store_bits", "planned_bits", "sample_bits"]  # fmt: skip
     lines = [names]
     for row in found:
         cells = row | {"shape": "x".join(map(str, row["shape"]))}

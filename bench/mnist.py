@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 def path_of(device: torch.device) -> str:
     """Which kernels the tritonbn arm runs, and how."""
     x = torch.empty(BATCH, HIDDEN[0], device=device)
-    plans = [str(launch.plan_for(operation, x, torch.contiguous_format)) for operation in OPERATIONS]
+    plans = [str(launch.plan_for(operation, x)) for operation in OPERATIONS]
     return "; ".join(["Triton kernels" + " in Triton's interpreter" * launch.INTERPRETED, *plans])
 
 

@@ -1,62 +1,48 @@
-"""The backward pass: dbias = sum(dy), dweight = rstd * sum(dy * (x - mean)), and from both the gradient of x.
+"""The backward pass, from dz = dy * activation'(z), z = (x - mean) * rstd * weight + bias + residual.
 
-With statistics of the batch, M values per channel (Ioffe and Szegedy 2015, section 3):
-dx = weight * rstd * (dy - sum(dy) / M - (x - mean) * rstd^2 * sum(dy * (x - mean)) / M).
-With given statistics only the first term is there: dx = weight * rstd * dy.
+dbias = sum(dz), dweight = rstd * sum(dz * (x - mean)), dresidual = dz, and with statistics of the batch, M values per
+channel (Ioffe and Szegedy 2015, section 3):
+dx = weight * rstd * (dz - sum(dz) / M - (x - mean) * rstd^2 * sum(dz * (x - mean)) / M).
+With given statistics only the first term is there: dx = weight * rstd * dz. How dz is found: `gradients.py`.
 """
 
 import triton
 import triton.language as tl
 
+from .gradients import load_gradient, load_vectors, recover, store_gradients
 from .statistics import ratio
-from .tiles import (
-    channels,
-    filled,
-    fold,
-    load_channels,
-    load_scale,
-    load_tile,
-    spread,
-    store_tile,
-    tile,
-    tile_count,
-    widen,
-)
+from .tiles import channels, filled, fold, load_channels, load_tile, spread, tile, tile_count, widen
 
 
 @triton.jit
-def input_gradient(dy, x, mean, scale, dy_mean, slope):
-    """One tile of dx = scale * (dy - dy_mean - (x - mean) * slope)."""
-    return scale * (widen(dy) - dy_mean - (widen(x) - mean) * slope)
+def program_sums(
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, t0, t1, center, scale, shift, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
+):  # fmt: skip
+    """(sum dz, sum dz * (x - mean)) [BLOCK_G] of tiles [t0, t1), and dz and x of tile t0; reads each tile once.
 
-
-@triton.jit
-def program_sums(dy_ptr, x_ptr, dx_ptr, t0, t1, mean, scale, R, C, width, T: tl.constexpr):
-    """(sum dy, sum dy * (x - mean)) [BLOCK_G] of tiles [t0, t1), and tile t0 of dy and x; reads each tile once.
-
-    With dx_ptr, dx = scale * dy is stored in the same pass.
+    With dx_ptr, dx = scale * dz is stored in the same pass, with dresidual_ptr dz.
     """
-    mean, scale = spread(mean, T), spread(scale, T)
-    at, mask = tile(t0, R, C, width, T)
-    dy0 = load_tile(dy_ptr, at, mask)  # [BLOCK_L, BLOCK_R]
-    x0 = load_tile(x_ptr, at, mask)
-    s1 = widen(dy0)  # [BLOCK_L, BLOCK_R] fp32
-    s2 = s1 * tl.where(mask, widen(x0) - mean, 0.0)
-    if dx_ptr is not None:
-        store_tile(dx_ptr, at, mask, s1 * scale)
+    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
+    s1, d, x0 = load_gradient(
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, t0, center, scale, shift, R, C, width, T, ACT, INVERT
+    )  # [BLOCK_L, BLOCK_R] fp32
+    dz0 = s1.to(dy_ptr.dtype.element_ty)
+    store_gradients(dx_ptr, dresidual_ptr, s1, scale, t0, R, C, width, T)
+    s2 = s1 * tl.where(tile(t0, R, C, width, T)[1], d, 0.0)
     for t in tl.range(t0 + 1, t1):
-        at, mask = tile(t, R, C, width, T)
-        dy = widen(load_tile(dy_ptr, at, mask))
-        s1 += dy
-        s2 += dy * tl.where(mask, widen(load_tile(x_ptr, at, mask)) - mean, 0.0)
-        if dx_ptr is not None:
-            store_tile(dx_ptr, at, mask, dy * scale)
-    return fold(s1, T), fold(s2, T), dy0, x0
+        dz, d, _ = load_gradient(
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width, T, ACT, INVERT
+        )
+        store_gradients(dx_ptr, dresidual_ptr, dz, scale, t, R, C, width, T)
+        s1 += dz
+        s2 += dz * tl.where(tile(t, R, C, width, T)[1], d, 0.0)
+    return fold(s1, T), fold(s2, T), dz0, x0
 
 
 @triton.jit
 def merge_sums(workspace_ptr, c, live, C, T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(sum dy, sum dy * (x - mean)) [BLOCK_G] of all P partials in workspace [P, 2, C], in index order."""
+    """(sum dz, sum dz * (x - mean)) [BLOCK_G] of all P partials in workspace [P, 2, C], in index order."""
     P = tl.num_programs(1)
     s1 = tl.full([T.BLOCK_G, BLOCK_P], 0.0, workspace_ptr.dtype.element_ty)
     s2 = tl.full([T.BLOCK_G, BLOCK_P], 0.0, workspace_ptr.dtype.element_ty)
@@ -81,26 +67,28 @@ def store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live):
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def gradient_sums_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr,
-    dx_ptr, dweight_ptr, dbias_ptr, sums_ptr, workspace_ptr, ticket_ptr,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, sums_ptr, workspace_ptr, ticket_ptr,
     R, C, width, tiles,
-    T: tl.constexpr, BLOCK_P: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # fmt: on
-    """dbias = sum(dy), dweight = rstd * sum(dy * (x - mean)); the last program of a group merges.
+    """dbias = sum(dz), dweight = rstd * sum(dz * (x - mean)); the last program of a group merges.
 
-    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x, dx: [R, L] any float; with dx, the
-    gradient for given statistics, dx = weight * rstd * dy, is stored too.  mean, rstd: [C], sums: [2, C], workspace:
-    [P, 2, C] fp32 (fp64).  weight, dweight, dbias: [C] any float or None.  ticket: [groups] int32, zero before and
-    after.  Reads dy and x once (writes dx once).
+    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x (y without mean), residual, dx,
+    dresidual: [R, L] any float; residual (or bits) where z needs it; dx = weight * rstd * dz, for given statistics, and
+    dresidual = dz are stored if wanted.  mean, rstd: [C], sums: [2, C], workspace: [P, 2, C] fp32 (fp64).  weight,
+    bias, dweight, dbias: [C] any float or None.  ticket: [groups] int32, zero before and after.  Reads dy and x (and
+    residual or bits) once, writes dx and dresidual once.
     """
     c, live = channels(C, width, T)
-    rstd = load_channels(rstd_ptr, c, live)
-    mean = load_channels(mean_ptr, c, live)
-    scale = load_scale(weight_ptr, rstd, c, live)
+    center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
-    s1, s2, _, _ = program_sums(dy_ptr, x_ptr, dx_ptr, t0, t1, mean, scale, R, C, width, T)
+    s1, s2, _, _ = program_sums(
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, t0, t1, center, scale, shift, R, C, width,
+        T, ACT, mean_ptr is None,
+    )  # fmt: skip
     at = workspace_ptr + tl.program_id(1) * 2 * C + c
     tl.store(at, s1, mask=live)
     tl.store(at + C, s2, mask=live)
@@ -118,70 +106,81 @@ def gradient_sums_kernel(
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def input_gradient_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, sums_ptr,
-    dx_ptr,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr,
+    dx_ptr, dresidual_ptr,
     R, C, width, tiles,
-    T: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):
     # fmt: on
-    """dx = weight * rstd * (dy - s1 / M - (x - mean) * rstd^2 * s2 / M); the last tiles come first.
+    """dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M); the last tiles come first.
 
-    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x, dx: [R, L] any
-    float.  mean, rstd: [C], sums (s1, s2): [2, C] fp32 (fp64).  weight: [C] any float or None.  Without sums (given
-    statistics) dx = weight * rstd * dy, and x and mean are not read.  Reads dy and x once, writes dx once.
+    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (y without mean,
+    None where nothing needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a
+    bit per element or None.  mean, rstd: [C], sums (s1, s2): [2, C] fp32 (fp64).  weight, bias: [C] any float or None.
+    Without sums (given statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once,
+    writes dx and dresidual once.
     """
     c, live = channels(C, width, T)
-    rstd = load_channels(rstd_ptr, c, live)
-    scale = spread(load_scale(weight_ptr, rstd, c, live), T)
+    center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     if sums_ptr is not None:
         M = filled(total, R, width, T).to(rstd.dtype)
-        mean = spread(load_channels(mean_ptr, c, live), T)
-        dy_mean = spread(ratio(load_channels(sums_ptr, c, live), M), T)
+        dz_mean = spread(ratio(load_channels(sums_ptr, c, live), M), T)
         slope = spread(ratio(load_channels(sums_ptr + C, c, live), M) * rstd * rstd, T)
+    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * tiles
     t1 = tl.minimum(t0 + tiles, total)
     for i in tl.range(0, t1 - t0):
-        at, mask = tile(t1 - 1 - i, R, C, width, T)
-        dy = load_tile(dy_ptr, at, mask)
+        t = t1 - 1 - i
+        dz, d, _ = load_gradient(
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width, T, ACT, mean_ptr is None
+        )
         if sums_ptr is not None:
-            dx = input_gradient(dy, load_tile(x_ptr, at, mask), mean, scale, dy_mean, slope)
+            store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, t, R, C, width, T)
         else:
-            dx = widen(dy) * scale
-        store_tile(dx_ptr, at, mask, dx)
+            store_gradients(dx_ptr, dresidual_ptr, dz, scale, t, R, C, width, T)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width"])
 def backward_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr,
-    dx_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     R, C, width,
-    T: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):
     # fmt: on
-    """The sums, then dx = weight * rstd * (dy - s1 / M - (x - mean) * rstd^2 * s2 / M), in one launch.
+    """The sums, then dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M), in one launch.
 
-    Program i owns channel group i, all of it.  dy, x, dx: [R, L] any float.  mean, rstd: [C] fp32 (fp64).  weight,
-    dweight, dbias: [C] any float or None.  Reads dy and x twice, but their first tiles once (once in all where one tile
-    is enough), writes dx once.
+    Program i owns channel group i, all of it.  dy, x (y without mean), residual (or None), dx, dresidual (or None):
+    [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C] fp32 (fp64).  weight, bias, dweight, dbias: [C]
+    any float or None.  Reads dy and x (and residual or bits) twice, but their first tiles once (once in all where one
+    tile is enough), writes dx once; dresidual is written first and read in place of dy, residual and bits.
     """
     c, live = channels(C, width, T)
-    rstd = load_channels(rstd_ptr, c, live)
-    mean = load_channels(mean_ptr, c, live)
-    scale = load_scale(weight_ptr, rstd, c, live)
+    center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
-    s1, s2, dy0, x0 = program_sums(dy_ptr, x_ptr, None, 0, total, mean, scale, R, C, width, T)
+    s1, s2, dz0, x0 = program_sums(
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, 0, total, center, scale, shift, R, C, width,
+        T, ACT, mean_ptr is None,
+    )  # fmt: skip
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
     M = filled(total, R, width, T).to(rstd.dtype)
-    mean, scale = spread(mean, T), spread(scale, T)
-    dy_mean = spread(ratio(s1, M), T)
+    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
+    dz_mean = spread(ratio(s1, M), T)
     slope = spread(ratio(s2, M) * rstd * rstd, T)
+    if dresidual_ptr is not None:
+        tl.debug_barrier()  # what the program's other threads wrote is read below
     for i in tl.range(0, total - 1):
-        at, mask = tile(total - 1 - i, R, C, width, T)
-        dx = input_gradient(
-            load_tile(dy_ptr, at, mask), load_tile(x_ptr, at, mask), mean, scale, dy_mean, slope
-        )
-        store_tile(dx_ptr, at, mask, dx)
-    at, mask = tile(0, R, C, width, T)
-    store_tile(dx_ptr, at, mask, input_gradient(dy0, x0, mean, scale, dy_mean, slope))
+        t = total - 1 - i
+        if dresidual_ptr is not None:
+            at, mask = tile(t, R, C, width, T)
+            dz = widen(load_tile(dresidual_ptr, at, mask))
+            d = recover(load_tile(x_ptr, at, mask), center, scale, shift, ACT, False)[0]
+        else:
+            dz, d, _ = load_gradient(
+                dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width, T, ACT, mean_ptr is None
+            )
+        store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, t, R, C, width, T)
+    d = recover(x0, center, scale, shift, ACT, mean_ptr is None)[0]
+    store_gradients(dx_ptr, None, widen(dz0) - dz_mean - d * slope, scale, 0, R, C, width, T)

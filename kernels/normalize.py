@@ -1,74 +1,99 @@
-"""The forward pass: y = (x - mean) * rstd * weight + bias, with statistics of the batch or given ones."""
+"""The forward pass: y = activation((x - mean) * rstd * weight + bias + residual), statistics of the batch or given.
+
+Where bits are wanted, they tell the derivative of the activation at each element: see `activations.upper`.
+"""
 
 import triton
 import triton.language as tl
 
+from .activations import activate, upper
 from .statistics import program_statistics, reciprocal_std, store_statistics
-from .tiles import channels, filled, load_channels, load_scale, load_tile, spread, store_tile, tile, tile_count, widen
-
-
-@triton.jit
-def load_affine(weight_ptr, bias_ptr, rstd, c, live):
-    """(scale, shift) [BLOCK_G]: y = (x - mean) * scale + shift; an absent weight is 1, an absent bias 0."""
-    shift = tl.zeros_like(rstd)
-    if bias_ptr is not None:
-        shift = load_channels(bias_ptr, c, live)
-    return load_scale(weight_ptr, rstd, c, live), shift
+from .tiles import (
+    channels,
+    filled,
+    load_channels,
+    load_scale,
+    load_shift,
+    load_tile,
+    spread,
+    store_bits,
+    store_tile,
+    tile,
+    tile_count,
+    widen,
+)
 
 
 @triton.jit
 def normalize(x, mean, scale, shift):
-    """One tile of y; mean is subtracted first, so a large mean costs no digits."""
+    """One tile of (x - mean) * scale + shift; mean is subtracted first, so a large mean costs no digits."""
     return (widen(x) - mean) * scale + shift
 
 
 @triton.jit
-def normalize_tiles(x_ptr, y_ptr, t0, t1, mean, scale, shift, R, C, width, T: tl.constexpr):
+def finish(z, residual_ptr, y_ptr, bits_ptr, t, R, C, width, T: tl.constexpr, ACT: tl.constexpr):
+    """Store tile t of y = activation(z + residual), and its bits."""
+    at, mask = tile(t, R, C, width, T)
+    if residual_ptr is not None:
+        z += widen(load_tile(residual_ptr, at, mask))
+    if bits_ptr is not None:
+        store_bits(bits_ptr, upper(z, ACT), t, R, C, width, T)
+    store_tile(y_ptr, at, mask, activate(z, ACT))
+
+
+@triton.jit
+def normalize_tiles(
+    x_ptr, residual_ptr, y_ptr, bits_ptr, t0, t1, mean, scale, shift, R, C, width, T: tl.constexpr, ACT: tl.constexpr
+):  # fmt: skip
     """Tiles t1 - 1 down to t0: those that the statistics read last may still be in L2."""
     mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     for i in tl.range(0, t1 - t0):
         at, mask = tile(t1 - 1 - i, R, C, width, T)
-        store_tile(y_ptr, at, mask, normalize(load_tile(x_ptr, at, mask), mean, scale, shift))
+        z = normalize(load_tile(x_ptr, at, mask), mean, scale, shift)
+        finish(z, residual_ptr, y_ptr, bits_ptr, t1 - 1 - i, R, C, width, T, ACT)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def normalize_kernel(
-    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
-    y_ptr,
+    x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    y_ptr, bits_ptr,
     R, C, width, tiles,
-    T: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):
     # fmt: on
-    """y = (x - mean[c]) * rstd[c] * weight[c] + bias[c]; the last tiles come first.
+    """y = activation((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual); the last tiles come first.
 
-    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.
-    x, y: [R, L] any float.  mean, rstd: [C] fp32 (fp64).  weight, bias: [C] any float or None.  Reads x, writes y once.
+    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  x, residual (None: 0),
+    y: [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C] fp32 (fp64).  weight, bias: [C] any float or
+    None.  Reads x and residual once, writes y and bits once.
     """
     c, live = channels(C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
-    scale, shift = load_affine(weight_ptr, bias_ptr, rstd, c, live)
+    scale = load_scale(weight_ptr, rstd, c, live)
+    shift = load_shift(bias_ptr, rstd, c, live)
     mean = load_channels(mean_ptr, c, live)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
-    normalize_tiles(x_ptr, y_ptr, t0, t1, mean, scale, shift, R, C, width, T)
+    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, t0, t1, mean, scale, shift, R, C, width, T, ACT)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def inference_kernel(
-    x_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr,
-    y_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr,
+    y_ptr, bits_ptr, mean_ptr, rstd_ptr,
     R, C, width, tiles,
     eps: tl.float64,
-    T: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):
     # fmt: on
-    """y = (x - running_mean[c]) / sqrt(running_var[c] + eps) * weight[c] + bias[c].
+    """y = activation((x - running_mean[c]) / sqrt(running_var[c] + eps) * weight[c] + bias[c] + residual).
 
     Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles); those with j = 0 also store the statistics
-    that the backward needs.  x, y: [R, L] any float.  running_*, weight, bias: [C] any float (weight, bias or None).
-    mean, rstd: [C] fp32 (fp64) or None.  Reads x once, writes y once.
+    that the backward needs.  x, residual (or None), y: [R, L] any float.  bits: a bit per element or None.  running_*,
+    weight, bias: [C] any float (weight, bias or None).  mean, rstd: [C] fp32 (fp64) or None.  Reads x and residual
+    once, writes y and bits once.
     """
     c, live = channels(C, width, T)
     mean = load_channels(running_mean_ptr, c, live)
@@ -76,27 +101,28 @@ def inference_kernel(
     if mean_ptr is not None and tl.program_id(1) == 0:
         tl.store(mean_ptr + c, mean, mask=live)
         tl.store(rstd_ptr + c, rstd, mask=live)
-    scale, shift = load_affine(weight_ptr, bias_ptr, rstd, c, live)
+    scale = load_scale(weight_ptr, rstd, c, live)
+    shift = load_shift(bias_ptr, rstd, c, live)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
-    normalize_tiles(x_ptr, y_ptr, t0, t1, mean, scale, shift, R, C, width, T)
+    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, t0, t1, mean, scale, shift, R, C, width, T, ACT)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width"])
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr,
-    y_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr,
+    y_ptr, bits_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
     R, C, width,
     eps: tl.float64, momentum: tl.float64,
-    T: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):
     # fmt: on
-    """Statistics of the batch, then y = (x - mean[c]) * rstd[c] * weight[c] + bias[c], in one launch.
+    """Statistics, then y = activation((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual), in one launch.
 
-    Program i owns channel group i, all of it.  x, y: [R, L] any float.  mean, rstd: [C] fp32 (fp64).  weight, bias,
-    running_*: [C] any float or None.  Reads x twice, but its first tile once (once in all where one tile is enough),
-    writes y once.
+    Program i owns channel group i, all of it.  x, residual (or None), y: [R, L] any float.  bits: a bit per element or
+    None.  mean, rstd: [C] fp32 (fp64).  weight, bias, running_*: [C] any float or None.  Reads x twice, but its first
+    tile once (once in all where one tile is enough), residual once, writes y and bits once.
     """
     c, live = channels(C, width, T)
     total = tile_count(R, width, T)
@@ -105,7 +131,8 @@ def forward_kernel(
     mean, rstd = store_statistics(
         mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
     )
-    scale, shift = load_affine(weight_ptr, bias_ptr, rstd, c, live)
-    normalize_tiles(x_ptr, y_ptr, 1, total, mean, scale, shift, R, C, width, T)
-    at, mask = tile(0, R, C, width, T)
-    store_tile(y_ptr, at, mask, normalize(first, spread(mean, T), spread(scale, T), spread(shift, T)))
+    scale = load_scale(weight_ptr, rstd, c, live)
+    shift = load_shift(bias_ptr, rstd, c, live)
+    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, 1, total, mean, scale, shift, R, C, width, T, ACT)
+    z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
+    finish(z, residual_ptr, y_ptr, bits_ptr, 0, R, C, width, T, ACT)

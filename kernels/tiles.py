@@ -64,6 +64,55 @@ def tile(t, R, C, width, T: tl.constexpr):
 
 
 @triton.jit
+def bits(t, R, C, width, T: tl.constexpr):
+    """Offsets [BLOCK_L / 8, BLOCK_R] int64 and mask of the bytes that hold a bit for each element of tile t.
+
+    Bit i of a byte is lane 8 * j + i. Each row starts a byte; so does each channel group (in planes, each channel),
+    unless a group's lanes are whole bytes anyway.
+    """
+    row = tl.arange(0, T.BLOCK_R)
+    byte = tl.arange(0, (T.BLOCK_L + 7) // 8)
+    if T.GROUP == 1:
+        blocks = tl.cdiv(width * T.V, T.BLOCK_L)
+        row += t // blocks * T.BLOCK_R
+        byte += t % blocks * (T.BLOCK_L // 8)  # one block where lanes are fewer than 8
+        run = tl.cdiv(width * T.V, 8)
+        length = run.to(tl.int64) * C
+        live = byte < run
+        start = tl.program_id(0).to(tl.int64) * run
+    else:
+        row += t * T.BLOCK_R
+        RUN: tl.constexpr = (T.FOLD * T.GROUP * T.SPAN + 7) // 8
+        start = tl.program_id(0).to(tl.int64) * RUN
+        length = tl.num_programs(0).to(tl.int64) * RUN
+        if T.FOLD * T.GROUP * T.SPAN % 8 == 0:
+            length = tl.cdiv(width.to(tl.int64) * T.V, 8)
+        live = (byte < RUN) & (start + byte < length)
+    at = (start + byte)[:, None] + row.to(tl.int64)[None, :] * length
+    return at, live[:, None] & (row < R)[None, :]
+
+
+@triton.jit
+def store_bits(ptr, tile, t, R, C, width, T: tl.constexpr):
+    """Store a tile of booleans, packed."""
+    PER: tl.constexpr = 8 if T.BLOCK_L >= 8 else T.BLOCK_L
+    at, mask = bits(t, R, C, width, T)
+    shift = tl.arange(0, PER)[None, :, None]
+    packed = tl.reshape(tile.to(tl.int32), [T.BLOCK_L // PER, PER, T.BLOCK_R]) << shift
+    tl.store(ptr + at, tl.sum(packed, 1).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def load_bits(ptr, t, R, C, width, T: tl.constexpr):
+    """A tile of booleans [BLOCK_L, BLOCK_R] that `store_bits` stored; False outside of the tensor."""
+    PER: tl.constexpr = 8 if T.BLOCK_L >= 8 else T.BLOCK_L
+    at, mask = bits(t, R, C, width, T)
+    packed = tl.load(ptr + at, mask=mask, other=0).to(tl.int32)
+    unpacked = (packed[:, None, :] >> tl.arange(0, PER)[None, :, None]) & 1 != 0
+    return tl.reshape(unpacked, [T.BLOCK_L, T.BLOCK_R])
+
+
+@triton.jit
 def tile_count(R, width, T: tl.constexpr):
     """Tiles of a channel group."""
     if T.GROUP == 1:
@@ -109,6 +158,15 @@ def load_scale(weight_ptr, rstd, c, live):
     if weight_ptr is not None:
         scale = rstd * load_channels(weight_ptr, c, live)
     return scale
+
+
+@triton.jit
+def load_shift(bias_ptr, rstd, c, live):
+    """bias [BLOCK_G]; an absent one is 0."""
+    shift = tl.zeros_like(rstd)
+    if bias_ptr is not None:
+        shift = load_channels(bias_ptr, c, live)
+    return shift
 
 
 @triton.jit

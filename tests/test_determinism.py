@@ -7,7 +7,7 @@ from torch import Tensor
 import tritonbn
 from tests import cases
 from tests.cases import Layout
-from tritonbn import launch
+from tritonbn import tickets
 from tritonbn.plan import forced
 
 
@@ -48,8 +48,8 @@ def test_deterministic_mode(device: torch.device) -> None:
 def test_tickets_return_to_zero(device: torch.device) -> None:
     with forced("split", splits=3):
         step(Layout((37, 100)), torch.float32, device)
-    assert launch._ticket_pool
-    assert all(int(tickets.abs().sum()) == 0 for tickets in launch._ticket_pool.values())
+    assert tickets._pool
+    assert all(int(kept.abs().sum()) == 0 for kept in tickets._pool.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: programs that run at once")

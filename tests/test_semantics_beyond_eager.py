@@ -27,7 +27,9 @@ from tests.parity import (
     make_call,
     random,
 )
-from tritonbn import BatchNorm1d, launch, operators
+from tritonbn import BatchNorm1d, operators, tickets
+from tritonbn.activations import IDENTITY, Activation
+from tritonbn.autograd import keeps_bits
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
 
@@ -254,16 +256,30 @@ def test_traced_program_is_torchs(device: torch.device) -> None:
     [lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x.transpose(0, 2)],
     ids=["planes", "rows", "strided"],
 )
+@pytest.mark.parametrize("activation", [IDENTITY, Activation("relu"), Activation("silu")], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 def test_operators_keep_their_contract(
-    arrange: Callable[[Tensor], Tensor], training: bool, device: torch.device
+    arrange: Callable[[Tensor], Tensor],
+    training: bool,
+    with_residual: bool,
+    activation: Activation,
+    device: torch.device,
 ) -> None:
     """torch's own check: schema, fake results, autograd registration, and all of it traced by AOTAutograd."""
     x = arrange(torch.randn(3, 4, 3, 5, device=device)).detach().requires_grad_()
     weight, bias = (torch.rand(4, device=device, requires_grad=True) for _ in range(2))
     mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
-    torch.library.opcheck(operators.batch_norm, (x, weight, bias, mean, var, training, 0.1, 1e-5))
+    residual = torch.randn_like(x, requires_grad=True) if with_residual else None
+    keep_bits = keeps_bits(residual, activation)
+    forward = x, weight, bias, residual, mean, var, training, 0.1, 1e-5, *activation, keep_bits
+    torch.library.opcheck(operators.batch_norm, forward)
+    with torch.no_grad():
+        _, bits, mean, rstd, _, _ = operators.batch_norm(*forward)
     dy = torch.randn(3, 4, 3, 5, device=device)
-    given = (dy, x.detach(), weight.detach(), mean, var, training, 1e-5, torch.float32, [True, True, False])
+    kept = residual if activation.name == "silu" else None
+    saved = (None if t is None else t.detach() for t in (x, weight, bias, kept, bits if keep_bits else None))
+    wanted = [True, True, False, kept is not None or keep_bits]
+    given = dy, *saved, mean, rstd, training, *activation, 1e-5, torch.float32, wanted
     torch.library.opcheck(operators.batch_norm_backward, given)
 
 
@@ -279,12 +295,12 @@ def test_statistics_keep_their_version_under_a_dispatch_mode(device: torch.devic
 
 def test_operators_leave_the_pool_of_tickets_alone(device: torch.device) -> None:
     """Their memory may belong to a CUDA graph: what they allocate must not outlive the call."""
-    before = dict(launch._ticket_pool)
-    launch._ticket_pool.clear()
+    before = dict(tickets._pool)
+    tickets._pool.clear()
     try:
         x = torch.randn(40, 5, device=device, requires_grad=True)
         with forced("split", splits=2), FlopCounterMode(display=False):
             batch_norm(x, None, None, training=True).sum().backward()  # type: ignore[no-untyped-call]
-        assert not launch._ticket_pool
+        assert not tickets._pool
     finally:
-        launch._ticket_pool.update(before)
+        tickets._pool.update(before)

@@ -6,25 +6,38 @@ import torch
 from torch import Tensor
 
 from tritonbn import launch, reference
+from tritonbn.activations import IDENTITY, Activation
+from tritonbn.launch import Gradients, Saved, Wanted, memory_format_of
 
 
 class Forward(NamedTuple):
-    """Everything that the forward takes beside x, weight and bias."""
+    """Everything that the forward takes beside x, residual, weight and bias."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
     training: bool
     momentum: float
     eps: float
+    activation: Activation = IDENTITY
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Forward) -> Tensor:
-    """y of x [N, C, ...], weight and bias [C]; the running statistics are updated in place in training."""
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: Forward,
+    save_output: bool = False,
+) -> Tensor:
+    """y of x and residual [N, C, ...], weight and bias [C]; the running statistics are updated in place in training."""
     x = dense(x)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y: Tensor = BatchNorm.apply(x, weight, bias, given)  # type: ignore[no-untyped-call]
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format_of(x))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        save_output = save_output and recoverable(x, weight, bias)
+        y: Tensor = BatchNorm.apply(x, weight, bias, residual, given, save_output)  # type: ignore[no-untyped-call]
         return y
-    return forward(x, weight, bias, given)[0]
+    return forward(x, weight, bias, residual, given)[0]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -32,32 +45,52 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format_of(x))
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The format of the result for x [N, C, ...], as torch chooses it: channels_last(_3d) is kept, also when gapped."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
-        return last
-    return torch._prims_common.suggest_memory_format(x)
+def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether y holds at least half of the digits of normalized x in every channel; waits for the GPU to know.
+
+    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies.
+    """
+    if weight is None:
+        return True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    info = torch.finfo(x.dtype)
+    with torch.no_grad():
+        hidden = weight.abs() < info.tiny / info.eps
+        if bias is not None:
+            hidden |= weight.abs() < info.eps**0.5 * bias.abs()
+        return not bool(hidden.any())
+
+
+def keeps_bits(residual: Tensor | None, activation: Activation) -> bool:
+    """Whether a bit per element tells the backward what it would need the residual for."""
+    return residual is not None and activation.two_valued
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Forward, keep: bool = False, pooled: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, rstd) of dense x; in evaluation mean and rstd only if `keep`."""
-    memory_format = memory_format_of(x)
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: Forward,
+    keep: bool = False,
+    keep_bits: bool = False,
+    pooled: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(y, bits, mean, rstd) of dense x and residual; in evaluation mean and rstd only if `keep`."""
     weight, bias, mean, var = (
         None if v is None else v.contiguous() for v in (weight, bias, given.running_mean, given.running_var)
     )
+    tensors = x, residual, weight, bias
+    epilogue = given.activation, keep_bits
     if given.training:
-        results = launch.forward(x, weight, bias, mean, var, given.momentum, given.eps, memory_format, pooled)
+        results = launch.forward(*tensors, mean, var, given.momentum, given.eps, *epilogue, pooled)
         _bring_back(given.running_mean, mean)
         _bring_back(given.running_var, var)
         return results
     assert mean is not None
     assert var is not None
-    return launch.inference(x, weight, bias, mean, var, given.eps, memory_format, keep)
+    return launch.inference(*tensors, mean, var, given.eps, *epilogue, keep)
 
 
 def _bring_back(statistics: Tensor | None, updated: Tensor | None) -> None:
@@ -78,50 +111,62 @@ def copy_without_version(to: Tensor, source: Tensor) -> None:
 
 def backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: Saved,
     training: bool,
+    activation: Activation,
     parameter_dtype: torch.dtype,
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
     pooled: bool = True,
-) -> launch.Gradients:
-    """Gradients of (x, weight, bias); dy of any strides is copied unless it is dense as x."""
-    x = dense(x)  # as the forward saved it, unless a hook has repacked it
+) -> Gradients:
+    """Gradients of (x, weight, bias, residual); dy of any strides is copied unless it is dense as x."""
+    x = dense(saved.x)  # as the forward saved it, unless a hook has repacked it
     memory_format = memory_format_of(x)
     dy = dy.resolve_neg().contiguous(memory_format=memory_format)
-    weight = None if weight is None else weight.contiguous()
-    run = launch.backward if training else launch.frozen_backward
-    return run(dy, x, weight, mean, rstd, parameter_dtype, wanted, memory_format, pooled)
+    residual = None if saved.residual is None else saved.residual.contiguous(memory_format=memory_format)
+    weight, bias = (None if v is None else v.contiguous() for v in (saved.weight, saved.bias))
+    saved = saved._replace(x=x, residual=residual, weight=weight, bias=bias)
+    if wanted[3] and activation == IDENTITY:  # nothing to compute
+        gradients = launch.backward(dy, saved, training, activation, parameter_dtype, (*wanted[:3], False), pooled)
+        return gradients._replace(residual=dy)
+    return launch.backward(dy, saved, training, activation, parameter_dtype, wanted, pooled)
 
 
 def second_backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    statistics: tuple[Tensor, Tensor] | None,
+    saved: Saved,
+    training: bool,
+    activation: Activation,
     eps: float,
     upstream: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (dy, x, weight) where `upstream` are those of (dx, dweight, dbias): the formula's, by autograd.
+    """Gradients of (dy, x, weight, bias, residual) where `upstream` are those of the first derivatives `Gradients`.
 
-    Without statistics (mean, rstd) they are functions of x.
+    They are the formula's, by autograd. In training mean and rstd are functions of x. A derivative of the activation
+    that takes two values only does not change: bits tell it, and torch does not differentiate all of them twice.
     """
     create_graph = torch.is_grad_enabled()
-    mean, rstd = statistics or (None, None)
+    slope = None
+    if activation.two_valued:
+        only_residual = False, False, False, True
+        slope = backward(torch.ones_like(dy), saved, training, activation, dy.dtype, only_residual).residual
+    given = dy, saved.x, saved.weight, saved.bias, saved.residual
+    statistics = None if training else (saved.mean, saved.rstd)
     with torch.enable_grad():
         # Fresh views: dy is itself a function of x, and that path is not ours to follow.
-        views = dy.view_as(dy), x.view_as(x), None if weight is None else weight.view_as(weight)
-        outputs = reference.gradients(*views, mean, rstd, eps)
+        views = tuple(None if t is None else t.view_as(t) for t in given)
+        assert views[0] is not None
+        if slope is not None:
+            outputs = reference.gradients(views[0] * slope, *views[1:], statistics, eps, IDENTITY)
+        else:
+            outputs = reference.gradients(*views, statistics, eps, activation)
     pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
     wanted = [v for v, need in zip(views, needed, strict=True) if v is not None and need]
     if not pairs or not wanted:
-        return None, None, None
+        return (None,) * len(needed)
     o, u = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(o, wanted, u, create_graph=create_graph, allow_unused=True))
-    return tuple(next(found) if need else None for need in needed)
+    return tuple(next(found) if need and v is not None else None for v, need in zip(views, needed, strict=True))
 
 
 def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
@@ -130,48 +175,57 @@ def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
 
 
 class BatchNorm(torch.autograd.Function):
-    """y of dense x, weight and bias, with statistics of the batch or given ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Forward) -> Tensor:
-        y, mean, rstd = forward(x, weight, bias, given, keep=True)
-        # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
-        ctx.save_for_backward(x, weight, mean, rstd, given.running_mean, given.running_var)
-        ctx.eps = given.eps
-        ctx.constants = given.training, parameter_dtype(x, weight, bias)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, _, _ = ctx.saved_tensors
-        constants = *ctx.constants, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            gradients = BatchNormBackward.apply(dy, x, weight, mean, rstd, ctx.eps, constants)  # type: ignore[no-untyped-call]
-            return *gradients, None
-        return *backward(dy, x, weight, mean, rstd, *constants), None
-
-
-class BatchNormBackward(torch.autograd.Function):
-    """(dx, dweight, dbias) of dy, x and weight."""
+    """y of dense x and residual, weight and bias, with statistics of the batch or given ones."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        dy: Tensor,
         x: Tensor,
         weight: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        eps: float,
-        constants: tuple[bool, torch.dtype, tuple[bool, bool, bool]],
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(dy, x, weight, mean, rstd)
-        ctx.training, ctx.eps = constants[0], eps
-        return tuple(backward(dy, x, weight, mean, rstd, *constants))
+        bias: Tensor | None,
+        residual: Tensor | None,
+        given: Forward,
+        save_output: bool,
+    ) -> Tensor:
+        activation = given.activation
+        keep_bits = keeps_bits(residual, activation)
+        y, bits, mean, rstd = forward(x, weight, bias, residual, given, keep=True, keep_bits=keep_bits)
+        needs_z = activation != IDENTITY and not keep_bits
+        kept_bias = bias if needs_z or save_output else None
+        kept_residual = residual if needs_z else None
+        # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
+        saved = (y if save_output else x, weight, kept_bias, kept_residual, bits, None if save_output else mean, rstd)
+        ctx.save_for_backward(*saved, given.running_mean, given.running_var)
+        ctx.eps = given.eps
+        ctx.constants = given.training, activation, parameter_dtype(x, weight, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = Saved(*ctx.saved_tensors[:7])
+        constants = *ctx.constants, ctx.needs_input_grad[:4]
+        if not torch.is_grad_enabled():
+            return *backward(dy, saved, *constants), None, None
+        if saved.mean is None:
+            raise RuntimeError("save='output' supports first derivatives only, but got create_graph=True")
+        gradients = BatchNormBackward.apply(dy, *saved, ctx.eps, constants)  # type: ignore[no-untyped-call]
+        return *gradients, None, None
+
+
+class BatchNormBackward(torch.autograd.Function):
+    """`Gradients` as functions of dy, x, weight, bias and residual."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+        *tensors, ctx.eps, constants = arguments
+        saved = Saved(*tensors)
+        ctx.save_for_backward(dy, *saved)
+        ctx.constants = constants[:2]
+        return tuple(backward(dy, saved, *constants))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, x, weight, mean, rstd = ctx.saved_tensors
-        statistics = None if ctx.training else (mean, rstd)
-        gradients = second_backward(dy, x, weight, statistics, ctx.eps, upstream, ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None
+        dy, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:5]
+        gradients = second_backward(dy, Saved(*tensors), *ctx.constants, ctx.eps, upstream, needed)
+        return *gradients, None, None, None, None, None

@@ -1,4 +1,6 @@
-"""Batch normalization as a function: the signature, semantics and errors of `torch.nn.functional.batch_norm`."""
+"""Batch normalization as a function: `torch.nn.functional.batch_norm` with an activation and a residual."""
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -6,7 +8,10 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
+from tritonbn.activations import Activation, ActivationLike, resolve
 from tritonbn.plan import fits
+
+Save = Literal["input", "output"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,8 +25,14 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: ActivationLike | None = None,
+    residual: Tensor | None = None,
+    save: Save = "input",
 ) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias per channel (Ioffe and Szegedy 2015, algorithm 1).
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var per channel.
+
+    Ioffe and Szegedy 2015, algorithm 1; without activation and residual it is `torch.nn.functional.batch_norm`.
 
     Args:
         input: [N, C, ...] of float32, bfloat16, float16 or float64, two dimensions or more. Contiguous, channels_last
@@ -32,33 +43,49 @@ def batch_norm(
         training: normalize with the mean and the biased variance of the batch over all dimensions but 1.
         momentum: weight of the new value in the running statistics.
         eps: added to the variance.
+        activation: a name ("relu", "relu6", "leaky_relu(0.01)", "elu(1.0)", "silu", "gelu", "gelu_tanh", "sigmoid",
+            "tanh", "hardswish", "hardsigmoid", "mish", "softplus(1.0, 20.0)", "identity"), or the torch module or
+            function that computes it. Computed in float32 (float64): nothing is rounded before it.
+        residual: of the shape of `input`, added before the activation; copied once unless it is laid out as `input`.
+        save: what is kept for the backward. "input": x and vectors of size C; the backward computes what entered the
+            activation again. With a residual, one bit per element too if that tells the derivative (relu, relu6,
+            leaky_relu, hardsigmoid), no bit for identity, and for all others a reference to the residual, from which
+            the backward computes it again. "output": y and vectors of size C only, so that x can be freed
+            (Rota Bulo et al. 2018); for identity, leaky_relu and elu with a positive parameter and without residual.
+            The backward then recovers x from y: in 16 bits, and for weights much smaller than their bias, with the few
+            digits of x that y still holds. Where a weight is 0 (looking waits for the GPU), under CUDA graph capture
+            and in compiled code, x is kept all the same. First derivatives only.
 
     Returns:
-        A new tensor of the shape, dtype and memory format of `input`. Differentiable in input, weight and bias, twice
-        too; the statistics of the batch are accumulated in float32 (float64 for float64).
+        A new tensor of the shape, dtype and memory format of `input`. Differentiable in input, weight, bias and
+        residual, twice too; the statistics of the batch are accumulated in float32 (float64 for float64).
 
-    Raises what `torch.nn.functional.batch_norm` raises, in its words, before anything is written.
+    Raises what `torch.nn.functional.batch_norm` raises, in its words, before anything is written; ValueError for an
+    activation that cannot be fused, a residual of another shape, and save="output" where y does not determine x.
 
     CUDA tensors take the Triton kernels (under TRITON_INTERPRET=1, CPU tensors too). All else is torch's own: other
     devices and dtypes, empty tensors, tensor subclasses, torch.func transforms, forward derivatives, export, tracing.
     """
-    tensors = (input, running_mean, running_var, weight, bias)
+    tensors = (input, running_mean, running_var, weight, bias, residual)
     result: Tensor
     if has_torch_function_variadic(*tensors):
-        result = handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
+        result = handle_torch_function(
+            batch_norm, tensors, *tensors[:5], training=training, momentum=momentum, eps=eps,
+            activation=activation, residual=residual, save=save,
+        )  # fmt: skip
         return result
-    if not _takes_kernels(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    act = resolve(activation)
+    check_epilogue(input, residual, act, save)
+    if not _takes_kernels(input, running_mean, running_var, weight, bias, residual, training, momentum, eps):
         if training and _on_several_devices(*tensors):  # torch writes the statistics before it refuses
             running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
-        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    momentum, eps = float(momentum), float(eps)
+        y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return act.apply(y if residual is None else y + residual)
+    given = autograd.Forward(running_mean, running_var, training, float(momentum), float(eps), act)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._len_torch_dispatch_stack() == 0:
-        given = autograd.Forward(running_mean, running_var, training, momentum, eps)
-        return autograd.batch_norm(input, weight, bias, given)
-    result, _, _, new_mean, new_var = operators.batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps
-    )
+        return autograd.batch_norm(input, weight, bias, residual, given, save == "output")
+    result, new_mean, new_var = operators.apply(input, weight, bias, residual, given)
     for old, new in ((running_mean, new_mean), (running_var, new_var)):
         if training and old is not None:
             if compiling:
@@ -68,12 +95,32 @@ def batch_norm(
     return result
 
 
+def check_epilogue(input: Tensor | None, residual: Tensor | None, activation: Activation, save: Save) -> None:
+    """Raise what `batch_norm` raises for arguments that torch's function does not have."""
+    if save not in get_args(Save):
+        raise ValueError(f"save must be one of {', '.join(get_args(Save))}, but got {save!r}")
+    if save == "output" and not activation.invertible:
+        raise ValueError(
+            "save='output' needs an activation that can be inverted (identity, leaky_relu or elu with a positive "
+            f"parameter), but got {activation}"
+        )
+    if residual is None:
+        return
+    if save == "output":
+        raise ValueError("save='output' takes no residual: the input could not be recovered from the output")
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor or None, but got {type(residual).__name__}")
+    if isinstance(input, Tensor) and residual.shape != input.shape:
+        raise ValueError(f"residual should have the shape of the input, {input.shape}, but got {residual.shape}")
+
+
 def _takes_kernels(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -96,14 +143,21 @@ def _takes_kernels(
             return False
     elif running_mean is None or running_var is None or not eps >= 0:
         return False
-    if not _vectors_fit(x, C, running_mean, running_var, weight, bias):
+    if not _vectors_fit(x, C, running_mean, running_var, weight, bias) or not _residual_fits(x, residual):
         return False
     statistics = [s for s in (running_mean, running_var) if s is not None]
     if torch.is_grad_enabled() and any(s.requires_grad for s in statistics):
         return False
     if C > 1 and any(s.stride(0) == 0 for s in statistics):  # expanded: updates would meet in one place
         return False
-    return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias)
+    return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias, residual)
+
+
+def _residual_fits(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the residual, whose shape was checked, is of the dtype, device and kind of x."""
+    return residual is None or (
+        residual.dtype == x.dtype and residual.device == x.device and residual.layout is torch.strided
+    )
 
 
 def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:

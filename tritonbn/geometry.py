@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 WARPS = 8
 # Bytes of a streamed tile that a thread holds: two 128-bit loads. Accumulators are fp32, so 16-bit inputs make 2 x 16
-# registers of sums. Narrow accesses need an address each: half as much.
+# registers of sums. Narrow accesses need an address each, exponentials many temporaries: half as much.
 BYTES_PER_THREAD = 32
 NARROW_BYTES_PER_THREAD = 16
 # The widest row of several channels: one tile of 8 warps. Odd planes beyond it are read an element at a time.
 MAX_LANE_BYTES = 8 << 10
 # Samples are read side by side if one program may merge all channels: few, or no merge because it has all of a tensor.
 MAX_FOLDED_CHANNELS = 64
-# What one program owns is one tile up to here, kept in registers; twice as much spills in some kernels.
+# What one program owns is one tile up to here, kept in registers; twice as much spills in some kernels. It is shared
+# by what is kept: x, or in the backward dy and x.
 RESIDENT_BYTES = 16 << 10
 
 
@@ -63,9 +64,12 @@ def _channel_group(C: int, S: int, vector: int, most: int) -> int:
 
 
 def _lane_block(S: int, N: int, itemsize: int) -> int:
-    """The widest block of lanes that wastes little of a plane, but no narrower than N rows need to fill 8 warps."""
+    """The widest block of lanes that wastes little of a plane, but no narrower than N rows need to fill 8 warps.
+
+    At least 8 lanes, or the whole plane: a byte of packed bits belongs to one block.
+    """
     most = 32 * WARPS * BYTES_PER_THREAD // itemsize
-    least = min(power_of_two(S), max(1, most // power_of_two(N)))
+    least = min(power_of_two(S), max(8, most // power_of_two(N)))
     blocks = [1 << bit for bit in range(7, 13) if least <= 1 << bit <= most and 1 << bit < 2 * S] or [least]
     waste = {block: -(-S // block) * block / S for block in blocks}
     return max(block for block in blocks if waste[block] <= max(1.125, min(waste.values())))

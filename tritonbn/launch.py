@@ -1,7 +1,7 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
-All functions take x dense in `memory_format` (contiguous, channels_last or channels_last_3d) and return tensors in it.
-`pooled` is whether tickets may be kept from call to call, see `_tickets`.
+All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
+dy are laid out as x. `pooled` is whether tickets may be kept from call to call, see `tickets.py`.
 """
 
 from contextlib import nullcontext
@@ -12,10 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
+from tritonbn.activations import IDENTITY, Activation
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
 from tritonbn.plan import Device, Layout, Operation, Plan, make_plan
+from tritonbn.tickets import tickets
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
@@ -26,120 +28,131 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
+class Saved(NamedTuple):
+    """What the backward needs beside dy; without mean, x is the forward's output."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None  # if the derivative of the activation is to be computed from it
+    bits: Tensor | None  # if they tell the derivative of the activation
+    mean: Tensor | None
+    rstd: Tensor
+
+
 class Gradients(NamedTuple):
-    """Of x (dense as x), weight and bias; None where not wanted."""
+    """Of x and residual (dense as x), weight and bias; None where not wanted."""
 
     x: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    residual: Tensor | None
+
+
+Wanted = tuple[bool, bool, bool, bool]
 
 
 def forward(
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
     eps: float,
-    memory_format: torch.memory_format,
+    activation: Activation = IDENTITY,
+    keep_bits: bool = False,
     pooled: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) with statistics of the batch; the running ones are updated in place."""
-    plan = plan_for("forward", x, memory_format)
-    y = torch.empty_like(x, memory_format=memory_format)
-    mean, rstd = _vector(x, plan.shape[1]), _vector(x, plan.shape[1])
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
+    plan = plan_for("forward", x)
+    y, bits = _output(x, plan, keep_bits)
+    mean, rstd = _vector(x), _vector(x)
     if plan.path == "single":
         _launch(
             forward_kernel, (plan.groups,), plan,
-            x, weight, bias, y, mean, rstd, running_mean, running_var, *_sizes(plan), eps, momentum,
+            x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var, *_sizes(plan), eps, momentum,
+            ACT=activation,
         )  # fmt: skip
-        return y, mean, rstd
+        return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
-        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), _tickets(x, plan.groups, pooled),
+        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), tickets(x, plan.groups, pooled),
         *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
         normalize_kernel, (plan.groups, plan.apply_splits), plan,
-        x, mean, rstd, weight, bias, y, *_sizes(plan), plan.apply_tiles,
+        x, residual, mean, rstd, weight, bias, y, bits, *_sizes(plan), plan.apply_tiles, ACT=activation,
     )  # fmt: skip
-    return y, mean, rstd
+    return y, bits, mean, rstd
 
 
 def inference(
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    memory_format: torch.memory_format,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
-    plan = plan_for("inference", x, memory_format)
-    y = torch.empty_like(x, memory_format=memory_format)
-    mean, rstd = (_vector(x, plan.shape[1]), _vector(x, plan.shape[1])) if keep else (None, None)
+    activation: Activation = IDENTITY,
+    keep_bits: bool = False,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(y, bits, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
+    plan = plan_for("inference", x)
+    y, bits = _output(x, plan, keep_bits)
+    mean, rstd = (_vector(x), _vector(x)) if keep else (None, None)
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
-        x, running_mean, running_var, weight, bias, y, mean, rstd, *_sizes(plan), plan.apply_tiles, eps,
+        x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *_sizes(plan), plan.apply_tiles,
+        eps, ACT=activation,
     )  # fmt: skip
-    return y, mean, rstd
+    return y, bits, mean, rstd
 
 
 def backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: Saved,
+    training: bool,
+    activation: Activation,
     parameter_dtype: torch.dtype,
-    wanted: tuple[bool, bool, bool],
-    memory_format: torch.memory_format,
+    wanted: Wanted,
     pooled: bool = True,
 ) -> Gradients:
-    """Gradients of (x, weight, bias) where statistics were those of the batch; `wanted` says which."""
-    plan = plan_for("backward", x, memory_format)
-    dx, dweight, dbias = _gradients(x, plan, parameter_dtype, wanted, memory_format)
-    if plan.path == "single" and dx is not None:
+    """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
+    x, weight, bias, residual, bits, mean, rstd = saved
+    plan = plan_for("backward", x, activation.costly and bits is None)
+    gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
+    vectors = mean, rstd, weight, bias
+    if plan.path == "single" and training and dx is not None:
         _launch(
             backward_kernel, (plan.groups,), plan,
-            dy, x, mean, rstd, weight, dx, dweight, dbias, *_sizes(plan),
+            dy, x, residual, bits, *vectors, dx, dresidual, dweight, dbias, *_sizes(plan), ACT=activation,
         )  # fmt: skip
-        return Gradients(dx, dweight, dbias)
-    sums = None if dx is None else torch.empty((2, plan.shape[1]), dtype=mean.dtype, device=x.device)
-    _reduce(plan, pooled, dy, x, mean, rstd, weight, None, dweight, dbias, sums)
-    if dx is not None:
+        return gradients
+    sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if training and dx is not None else None
+    if not (dweight is None and dbias is None and sums is None):
         _launch(
-            input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
-            dy, x, mean, rstd, weight, sums, dx, *_sizes(plan), plan.apply_tiles,
+            gradient_sums_kernel, (plan.groups, plan.splits), plan,
+            dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
+            _workspace(x, plan, 2), tickets(x, plan.groups, pooled), *_sizes(plan), plan.reduce_tiles,
+            ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
-    return Gradients(dx, dweight, dbias)
-
-
-def frozen_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    parameter_dtype: torch.dtype,
-    wanted: tuple[bool, bool, bool],
-    memory_format: torch.memory_format,
-    pooled: bool = True,
-) -> Gradients:
-    """Gradients of (x, weight, bias) where statistics were given: one launch, whatever is wanted."""
-    plan = plan_for("backward", x, memory_format)
-    dx, dweight, dbias = _gradients(x, plan, parameter_dtype, wanted, memory_format)
-    if dweight is not None or dbias is not None:
-        _reduce(plan, pooled, dy, x, mean, rstd, weight, dx, dweight, dbias, None)
-    elif dx is not None:
-        _launch(
-            input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
-            dy, None, None, rstd, weight, None, dx, *_sizes(plan), plan.apply_tiles,
-        )  # fmt: skip
-    return Gradients(dx, dweight, dbias)
+        if sums is None:
+            return gradients
+        if dresidual is not None:  # it is dz: nothing but it and x is read again
+            dy, residual, bits, dresidual, activation = dresidual, None, None, None, IDENTITY
+    elif dx is None and dresidual is None:
+        return gradients
+    needs_x = sums is not None or (bits is None and activation != IDENTITY)
+    _launch(
+        input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
+        dy, x if needs_x else None, residual, bits, *vectors, sums, dx, dresidual, *_sizes(plan), plan.apply_tiles,
+        ACT=activation,
+    )  # fmt: skip
+    return gradients
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -147,25 +160,27 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def plan_for(operation: Operation, x: Tensor, memory_format: torch.memory_format) -> Plan:
-    """The plan of `operation` for x, dense in `memory_format`."""
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The format of the result for x [N, C, ...], as torch chooses it: channels_last(_3d) is kept, also when gapped."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return last
+    return torch._prims_common.suggest_memory_format(x)
+
+
+def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
+    """The plan of `operation` for dense x, see `make_plan`."""
     N, C = x.shape[0], x.shape[1]
     S = x.numel() // (N * C)
     layout: Layout = "planes"
-    if S == 1 or memory_format is not torch.contiguous_format:
+    if S == 1 or memory_format_of(x) is not torch.contiguous_format:
         layout, N, S = "rows", N * S, 1
-    return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device))
+    return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device), costly)
 
 
-def _reduce(plan: Plan, pooled: bool, dy: Tensor, x: Tensor, *vectors: Tensor | None) -> None:
-    _launch(
-        gradient_sums_kernel, (plan.groups, plan.splits), plan,
-        dy, x, *vectors, _workspace(x, plan, 2), _tickets(x, plan.groups, pooled),
-        *_sizes(plan), plan.reduce_tiles, BLOCK_P=plan.merge_block,
-    )  # fmt: skip
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: int) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
     """The one place where a kernel starts: on the device of its first argument."""
     x = args[0]
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
@@ -178,47 +193,30 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
     return plan.rows, plan.shape[1], plan.width
 
 
-def _vector(x: Tensor, C: int) -> Tensor:
+def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | None]:
+    """y and, if they are to be kept, the bits."""
+    y = torch.empty_like(x, memory_format=memory_format_of(x))
+    return y, torch.empty(plan.bit_bytes, dtype=torch.uint8, device=x.device) if keep_bits else None
+
+
+def _vector(x: Tensor) -> Tensor:
     """[C] in the dtype of the arithmetic on x."""
-    return torch.empty(C, dtype=arithmetic_dtype(x), device=x.device)
+    return torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
 
 
-def _gradients(
-    x: Tensor,
-    plan: Plan,
-    parameter_dtype: torch.dtype,
-    wanted: tuple[bool, bool, bool],
-    memory_format: torch.memory_format,
-) -> Gradients:
-    dx = torch.empty_like(x, memory_format=memory_format) if wanted[0] else None
-    C = plan.shape[1]
-    dweight = torch.empty(C, dtype=parameter_dtype, device=x.device) if wanted[1] else None
-    dbias = torch.empty(C, dtype=parameter_dtype, device=x.device) if wanted[2] else None
-    return Gradients(dx, dweight, dbias)
+def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
+    def like_x(want: bool) -> Tensor | None:
+        return torch.empty_like(x, memory_format=memory_format_of(x)) if want else None
+
+    def vector(want: bool) -> Tensor | None:
+        return torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None
+
+    return Gradients(like_x(wanted[0]), vector(wanted[1]), vector(wanted[2]), like_x(wanted[3]))
 
 
 def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
     """Partial results [P, values, C]; from the caching allocator, which keeps streams apart."""
-    return torch.empty((plan.splits, values, plan.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
-
-
-_ticket_pool: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _tickets(x: Tensor, groups: int, pooled: bool) -> Tensor:
-    """Zeroed counters, one per channel group, of this device and stream; kernels leave them zero.
-
-    Not pooled, or under graph capture, they are the call's own: its memory may belong to a graph, which is replayed on
-    any stream, beside eager work on this one, and overwrites what it does not know to be alive.
-    """
-    if not pooled or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return torch.zeros(groups, dtype=torch.int32, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    key = (x.device, stream)
-    tickets = _ticket_pool.get(key)
-    if tickets is None or tickets.numel() < groups:
-        tickets = _ticket_pool[key] = torch.zeros(max(groups, 4096), dtype=torch.int32, device=x.device)
-    return tickets
+    return torch.empty((plan.splits, values, x.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
 
 
 @lru_cache(maxsize=64)

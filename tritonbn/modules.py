@@ -1,15 +1,17 @@
 """torch's batch norm modules with our forward; everything else is inherited from torch."""
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonbn import functional
+from tritonbn.activations import ActivationLike, resolve
 
 
-class _TritonForward(_BatchNorm):
-    """The one override the three modules share."""
+class TritonBatchNorm(_BatchNorm):
+    """What our modules share: torch's module with one override, and the same with an epilogue."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [N, C, ...] float on the module's device -> same shape, dtype and memory format.
@@ -17,9 +19,20 @@ class _TritonForward(_BatchNorm):
         Raises what torch's module raises: ValueError for the number of dimensions or for one value per
         channel in training, RuntimeError for sizes, dtypes and devices that do not go together.
         """
-        if (node := _leaf_node(self, input)) is not None:
+        if (node := leaf_node(self, input)) is not None:
             return node
+        return self.normalize(input)
+
+    def normalize(
+        self,
+        input: Tensor,
+        activation: ActivationLike | None = None,
+        residual: Tensor | None = None,
+        save: functional.Save = "input",
+    ) -> Tensor:
+        """activation(batch norm of input + residual) with this module's parameters, statistics and mode."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
+        functional.check_epilogue(input, residual, resolve(activation), save)  # a rejected call is not counted
         momentum = self._count_batch()
         use_batch = self.training or (self.running_mean is None and self.running_var is None)
         # In training, buffers that are not tracked must not reach the function: it would update them.
@@ -33,6 +46,9 @@ class _TritonForward(_BatchNorm):
             use_batch,
             momentum,
             self.eps,
+            activation=activation,
+            residual=residual,
+            save=save,
         )
 
     def _count_batch(self) -> float:
@@ -45,27 +61,89 @@ class _TritonForward(_BatchNorm):
         return 0.0 if momentum is None else momentum
 
 
-def _leaf_node(module: nn.Module, input: object) -> Tensor | None:
+def leaf_node(module: nn.Module, *inputs: object) -> Tensor | None:
     """The call as a node of the graph being traced by torch.fx; None outside of symbolic tracing.
 
     fx keeps modules defined in torch.nn as leaves and traces into all others, where the dimension check
     would fail on a proxy and the batch counter would advance while tracing instead of while running.
     """
+    input = inputs[0]
     if not isinstance(input, fx.Proxy) or not isinstance(input.tracer, fx.Tracer):
         return None
     if module is input.tracer.root:  # a root has no call to record: it fails on the proxy, as torch's does
         return None
     path = input.tracer.path_of_module(module)
-    return cast(Tensor, input.tracer.create_proxy("call_module", path, (input,), {}))
+    return cast(Tensor, input.tracer.create_proxy("call_module", path, inputs, {}))
 
 
-class BatchNorm1d(_TritonForward, nn.BatchNorm1d):
+class BatchNorm1d(TritonBatchNorm, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` for [N, C] and [N, C, L] inputs, computed by tritonbn."""
 
 
-class BatchNorm2d(_TritonForward, nn.BatchNorm2d):
+class BatchNorm2d(TritonBatchNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` for [N, C, H, W] inputs, computed by tritonbn."""
 
 
-class BatchNorm3d(_TritonForward, nn.BatchNorm3d):
+class BatchNorm3d(TritonBatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` for [N, C, D, H, W] inputs, computed by tritonbn."""
+
+
+class _BatchNormAct(TritonBatchNorm):
+    """The constructor and the forward that the three modules with an epilogue share."""
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: ActivationLike | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        save: functional.Save = "input",
+        **options: Any,
+    ) -> None:
+        resolved = resolve(activation)
+        functional.check_epilogue(None, None, resolved, save)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation: ActivationLike | None = resolved
+        self.save = save
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """input, residual: [N, C, ...] float of one shape -> same shape, input's dtype and memory format.
+
+        Raises what the module without activation raises, and ValueError for a residual of another shape.
+        """
+        if (node := leaf_node(self, input, *(() if residual is None else (residual,)))) is not None:
+            return node
+        return self.normalize(input, self.activation, residual, self.save)
+
+    def extra_repr(self) -> str:
+        """torch's, then the activation and, unless it is the default, what is saved."""
+        text = f"{super().extra_repr()}, activation={resolve(self.activation)}"
+        return text if self.save == "input" else f"{text}, save={self.save}"
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    """activation(BatchNorm1d(x) + residual) in one operation, forward and backward; `state_dict` as BatchNorm1d's.
+
+    activation: a name such as "relu" or "leaky_relu(0.2)", a torch module or function. save="output" keeps the output
+    for the backward instead of the input, see `tritonbn.functional.batch_norm`. The rest as in `torch.nn.BatchNorm1d`.
+    Raises ValueError for an activation that cannot be fused, or not inverted where save="output" needs it.
+    """
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    """activation(BatchNorm2d(x) + residual) in one operation, forward and backward; `state_dict` as BatchNorm2d's.
+
+    Arguments and errors as `BatchNormAct1d`.
+    """
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    """activation(BatchNorm3d(x) + residual) in one operation, forward and backward; `state_dict` as BatchNorm3d's.
+
+    Arguments and errors as `BatchNormAct1d`.
+    """

@@ -84,6 +84,19 @@ class Plan:
         """Bits of the tiles' loads and stores, for 16-byte aligned tensors."""
         return min(128, 8 * self.itemsize * self.tile.V)
 
+    @property
+    def bit_bytes(self) -> int:
+        """Bytes that hold a bit per element, laid out as in `kernels/tiles.py`: the same for all plans of a tensor.
+
+        numel / 8 where the lanes of a channel group are whole bytes; else each group's lanes, or each channel's in
+        planes, end with a byte that is not full.
+        """
+        tile = self.tile
+        if tile.GROUP == 1:
+            return self.rows * self.groups * -(-self.width * tile.V // 8)
+        lanes = tile.GROUP * tile.SPAN * tile.FOLD
+        return self.rows * (-(-self.width * tile.V // 8) if lanes % 8 == 0 else self.groups * -(-lanes // 8))
+
     def __str__(self) -> str:
         N, C, S = self.shape
         shape = f"[{N}, {C}]" if self.layout == "rows" else f"[{N}, {C}, {S}]"
@@ -142,12 +155,14 @@ def make_plan(
     shape: tuple[int, int, int],
     itemsize: int,
     device: Device = Device(),
+    costly: bool = False,
 ) -> Plan:
     """The plan for `operation` on `[N, C, S]` with elements of `itemsize` bytes.
 
-    Rows have their channels contiguous (S = 1; N counts all values of a channel), planes their S positions.
+    Rows have their channels contiguous (S = 1; N counts all values of a channel), planes their S positions. `costly`
+    is a backward that computes exponentials for each element.
     """
-    return _make_plan(operation, layout, shape, itemsize, device, _forced.path, _forced.splits)
+    return _make_plan(operation, layout, shape, itemsize, device, costly, _forced.path, _forced.splits)
 
 
 @lru_cache(maxsize=4096)
@@ -157,6 +172,7 @@ def _make_plan(
     shape: tuple[int, int, int],
     itemsize: int,
     device: Device,
+    costly: bool,
     path: Path | None,
     splits: int | None,
 ) -> Plan:
@@ -167,10 +183,11 @@ def _make_plan(
     rows = N // tile.FOLD
     extent = S if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
     groups = -(-C // tile.GROUP)
+    operands = 2 if operation == "backward" else 1
     if path is None:
-        operands = 2 if operation == "backward" else 1
         path = _path(groups, operands * rows * extent * itemsize, device)
-    block_r, num_warps = _block(rows, tile, itemsize, one_tile=path == "single" and extent <= tile.BLOCK_L)
+    resident = RESIDENT_BYTES // operands if path == "single" and extent <= tile.BLOCK_L else 0
+    block_r, num_warps = _block(rows, tile, itemsize, resident, costly)
     tiles = -(-rows // block_r) * -(-extent // tile.BLOCK_L)
     if splits is None:
         splits = _splits(groups, tiles, PROGRAMS_PER_SM * device.sms)
@@ -192,12 +209,12 @@ def _make_plan(
     )
 
 
-def _block(rows: int, tile: Tile, itemsize: int, one_tile: bool) -> tuple[int, int]:
-    """Rows of a tile and its warps; a slice that one tile can hold becomes one, if that is wanted."""
-    per_thread = BYTES_PER_THREAD if tile.V * itemsize >= 8 else NARROW_BYTES_PER_THREAD
+def _block(rows: int, tile: Tile, itemsize: int, resident: int, costly: bool) -> tuple[int, int]:
+    """Rows of a tile and its warps; a slice of so many resident bytes is one tile."""
+    per_thread = BYTES_PER_THREAD if tile.V * itemsize >= 8 and not costly else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * itemsize
     block_r = power_of_two(rows)
-    if not one_tile or block_r * row_bytes > RESIDENT_BYTES:
+    if block_r * row_bytes > resident:
         block_r = max(1, min(block_r, 32 * WARPS * per_thread // row_bytes))
     return block_r, max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
 

@@ -6,6 +6,8 @@ For readers, tests (in float64) and the second derivative; nothing here is tuned
 import torch
 from torch import Tensor
 
+from tritonbn.activations import IDENTITY, Activation
+
 
 def batch_norm(
     x: Tensor,
@@ -15,10 +17,13 @@ def batch_norm(
     bias: Tensor | None = None,
     training: bool = False,
     eps: float = 1e-5,
+    activation: Activation = IDENTITY,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias (Ioffe and Szegedy 2015, algorithm 1); x [N, C, ...].
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual); x, residual [N, C, ...].
 
-    mean and the biased var are those of the batch in training, else the running ones, which are not updated here.
+    (Ioffe and Szegedy 2015, algorithm 1.)  mean and the biased var are those of the batch in training, else the running
+    ones, which are not updated here.
     """
     if training:
         mean, var = batch_statistics(x)
@@ -26,12 +31,8 @@ def batch_norm(
         assert running_mean is not None
         assert running_var is not None
         mean, var = running_mean, running_var
-    y = (x - _per_channel(mean, x)) * _per_channel(torch.rsqrt(var + eps), x)
-    if weight is not None:
-        y = y * _per_channel(weight, x)
-    if bias is not None:
-        y = y + _per_channel(bias, x)
-    return y
+    normalized = (x - _per_channel(mean, x)) * _per_channel(torch.rsqrt(var + eps), x)
+    return activation.apply(_before_activation(normalized, weight, bias, residual))
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,34 +46,56 @@ def gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) of `batch_norm` as differentiable functions of dy, x and weight; shapes as x, [C], [C].
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dresidual) of `batch_norm` as differentiable functions of all tensors; shapes as theirs.
 
-    Without mean and rstd [C] the statistics are those of the batch, and functions of x. Computed in float32 at least;
-    returned in the dtypes of x, weight and weight.
+    Without statistics (mean, rstd), each [C], they are those of the batch, and functions of x. Computed in float32 at
+    least; returned in the dtypes of x, weight, weight and x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if dtype != x.dtype:
-        w, m, r = (t if t is None else t.to(dtype) for t in (weight, mean, rstd))
-        dx, dweight, dbias = gradients(dy.to(dtype), x.to(dtype), w, m, r, eps)
+        wide = (t if t is None else t.to(dtype) for t in (weight, bias, residual))
+        found = gradients(dy.to(dtype), x.to(dtype), *wide, statistics, eps, activation)
         parameter_dtype = x.dtype if weight is None else weight.dtype
-        return dx.to(x.dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype)
+        dx, dweight, dbias, dresidual = found
+        return dx.to(x.dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype), dresidual.to(x.dtype)
     dims = [d for d in range(x.dim()) if d != 1]
-    training = mean is None or rstd is None
-    if mean is None or rstd is None:
+    if statistics is None:
         mean, var = batch_statistics(x)
         rstd = torch.rsqrt(var + eps)
+    else:
+        mean, rstd = statistics
     normalized = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
-    dbias = dy.sum(dims)
-    dweight = (dy * normalized).sum(dims)
+    dz = dy
+    if activation != IDENTITY:
+        z = _before_activation(normalized, weight, bias, residual)
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        (dz,) = torch.autograd.grad(activation.apply(z), z, dy, create_graph=True)
+    dbias = dz.sum(dims)
+    dweight = (dz * normalized).sum(dims)
     scale = rstd if weight is None else rstd * weight
-    if training:
+    dx = dz
+    if statistics is None:
         n = x.numel() // x.shape[1]
-        dy = dy - _per_channel(dbias / n, x) - normalized * _per_channel(dweight / n, x)
-    return dy * _per_channel(scale, x), dweight, dbias
+        dx = dz - _per_channel(dbias / n, x) - normalized * _per_channel(dweight / n, x)
+    return dx * _per_channel(scale, x), dweight, dbias, dz
+
+
+def _before_activation(
+    normalized: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """normalized * weight + bias + residual, of those that there are; normalized, residual [N, C, ...]."""
+    z = normalized
+    if weight is not None:
+        z = z * _per_channel(weight, z)
+    if bias is not None:
+        z = z + _per_channel(bias, z)
+    return z if residual is None else z + residual
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:

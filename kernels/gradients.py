@@ -1,0 +1,72 @@
+"""The gradient that reaches batch norm, a tile at a time: dz = dy * activation'(z), z what entered the activation.
+
+The derivative is told by the bits that the forward stored, or else z is computed again by the forward's expression.
+Where there is no mean, x_ptr is the output y, from which z and x - mean are recovered: the activation has an inverse.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import gradient, gradient_where, invert
+from .statistics import ratio
+from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, store_tile, tile, widen
+
+
+@triton.jit
+def load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live):
+    """(center, rstd, scale, shift) [BLOCK_G], as `recover` takes them: center is the mean, or 1 / scale without it."""
+    rstd = load_channels(rstd_ptr, c, live)
+    scale = load_scale(weight_ptr, rstd, c, live)
+    if mean_ptr is not None:
+        center = load_channels(mean_ptr, c, live)
+    else:
+        center = ratio(tl.full(rstd.shape, 1.0, rstd.dtype), scale)
+    return center, rstd, scale, load_shift(bias_ptr, rstd, c, live)
+
+
+@triton.jit
+def recover(x, center, scale, shift, ACT: tl.constexpr, INVERT: tl.constexpr):
+    """(x - mean, z without residual) of a tile of x, or of y where INVERT."""
+    if INVERT:
+        z = invert(x, ACT)
+        return (z - shift) * center, z
+    else:
+        d = widen(x) - center
+        return d, d * scale + shift
+
+
+@triton.jit
+def load_gradient(
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
+):  # fmt: skip
+    """(dz, x - mean) of tile t in the dtype of the arithmetic, and x as it was read; dz is 0 outside of the tensor.
+
+    Without x_ptr (dz does not need it) x - mean and x are dy, which is not used.
+    """
+    at, mask = tile(t, R, C, width, T)
+    dy = load_tile(dy_ptr, at, mask)
+    dz = widen(dy)
+    x = dy
+    d = dz
+    z = dz
+    if x_ptr is not None:
+        x = load_tile(x_ptr, at, mask)
+        d, z = recover(x, center, scale, shift, ACT, INVERT)
+    if bits_ptr is not None:
+        dz = gradient_where(dz, load_bits(bits_ptr, t, R, C, width, T), ACT)
+    elif ACT.name != "identity":
+        if residual_ptr is not None:
+            z += widen(load_tile(residual_ptr, at, mask))
+        dz = tl.where(mask, gradient(dz, z, ACT), 0.0)
+    return dz, d, x
+
+
+@triton.jit
+def store_gradients(dx_ptr, dresidual_ptr, dz, scale, t, R, C, width, T: tl.constexpr):
+    """Store tile t of dx = scale * dz and of dresidual = dz where they are wanted."""
+    at, mask = tile(t, R, C, width, T)
+    if dx_ptr is not None:
+        store_tile(dx_ptr, at, mask, dz * scale)
+    if dresidual_ptr is not None:
+        store_tile(dresidual_ptr, at, mask, dz)
