@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import tritonbn
 from tests.launches import recorded
 from tests.parity import assert_matches, random
-from tritonbn.swap import SwapRow
+from tritonbn.report import SwapRow
 
 PAIRS = {
     "1d": (nn.BatchNorm1d, tritonbn.BatchNorm1d),
@@ -336,11 +336,11 @@ def test_report_counts_and_prints_a_table() -> None:
     report = tritonbn.report(mixed_model())
     assert (report.replaced, report.convertible, report.left_alone) == (1, 1, 1)
     assert str(report).splitlines() == [
-        "module  type                    status       why",
-        "bn      torch.nn.BatchNorm1d    convertible  convert makes it tritonbn.BatchNorm1d",
-        "done    tritonbn.BatchNorm3d    replaced     revert makes it torch.nn.BatchNorm3d",
-        "sync    torch.nn.SyncBatchNorm  left alone   reduces its statistics over processes",
-        "1 replaced, 1 convertible, 1 left alone",
+        "module  type                    status       fused with  why",
+        "bn      torch.nn.BatchNorm1d    convertible  -           convert makes it tritonbn.BatchNorm1d",
+        "done    tritonbn.BatchNorm3d    replaced     -           revert makes it torch.nn.BatchNorm3d",
+        "sync    torch.nn.SyncBatchNorm  left alone   -           reduces its statistics over processes",
+        "3 found: 1 replaced, 0 fused, 1 convertible, 1 left alone",
     ]
     assert str(report) == str(tritonbn.report(mixed_model()))
 

@@ -1,15 +1,21 @@
 """Batch normalization in Triton: a drop-in for torch's, forward and backward."""
 
 from tritonbn import functional
-from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from tritonbn.swap import SwapReport, convert, report, revert
+from tritonbn.fold import fold
+from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from tritonbn.report import SwapReport, report
+from tritonbn.swap import convert, revert
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "SwapReport",
     "convert",
+    "fold",
     "functional",
     "report",
     "revert",

@@ -1,0 +1,606 @@
+"""What convert(fuse=True) leaves as it was; fused models that are changed, copied, watched, traced or compiled."""
+
+import copy
+import inspect
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
+
+import tritonbn
+from tests.fusing import (
+    CHANNELS,
+    assert_trains_alike,
+    body,
+    converted,
+    convolution,
+    fused_in,
+    fusions,
+    images,
+    net,
+    norm,
+    steps,
+)
+from tests.launches import recorded
+from tests.parity import random
+from tests.test_swap import residual_network, train
+from tritonbn import launch
+from tritonbn.fusion import MAX_VARIANTS, FusedForward
+
+
+class Block(nn.Module):
+    """Everything at once: a Sequential, a residual, a functional activation, and dropout."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = body(nn.ReLU(inplace=True))
+        self.conv = convolution()
+        self.bn = norm()
+        self.act = nn.LeakyReLU(0.1)
+        self.shortcut = nn.Identity()
+        self.drop = drop
+        self.double()
+
+    def forward(self, x: Tensor, scale: Any = None, *, flip: bool = False) -> Tensor:
+        y = self.bn(self.conv(self.first(x)))
+        y = self.act(y + self.shortcut(x))
+        if flip:
+            y = y.flip(0)
+        return F.dropout(y if scale is None else y * scale, self.drop, training=self.training)
+
+
+BOTH = ["relu", "add + leaky_relu(0.1)"]
+
+
+@pytest.fixture
+def block() -> Any:
+    return converted(Block())
+
+
+def reverted(model: nn.Module) -> Any:
+    return tritonbn.revert(copy.deepcopy(model))
+
+
+def test_nothing_is_fused_unless_asked_for() -> None:
+    model = tritonbn.convert(Block())
+    assert fused_in(model, images()) == ["", ""]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_fused_model_trains_as_torchs(block: Any) -> None:
+    assert fused_in(block, images()) == BOTH
+    assert_trains_alike(block, Block(), images())
+
+
+def operations(output: Tensor) -> set[str]:
+    """The names of the nodes of its backward graph."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+def test_fused_network_trains_on_the_kernels(device: torch.device) -> None:
+    theirs = residual_network().to(device)
+    ours, unfused = converted(theirs), tritonbn.convert(copy.deepcopy(theirs))
+    exact = copy.deepcopy(theirs).double()
+    counts = []
+    exact_losses = train(exact, device, 2)
+    for model in (ours, unfused):
+        with recorded() as kernels:
+            torch.testing.assert_close(train(model, device, 2), exact_losses, rtol=1e-4, atol=1e-5)
+        counts.append(len(kernels))
+    assert counts[0] == counts[1] > 0, "no kernel more than batch norm alone"
+    x = random(2, 3, 8, 8).to(device, torch.float32)
+    assert "ReluBackward0" in operations(unfused(x))
+    assert not {"ReluBackward0", "AddBackward0"} & operations(ours(x))
+
+
+def test_class_names_and_modules_stay(block: Any) -> None:
+    theirs = Block()
+    assert type(block) is Block
+    assert [name for name, _ in block.named_modules()] == [name for name, _ in theirs.named_modules()]
+    assert [name for name, _ in block.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert repr(block) == repr(theirs)
+    assert inspect.signature(block.forward) == inspect.signature(theirs.forward)
+
+
+def test_state_dicts_load_both_ways(block: Any) -> None:
+    theirs = Block()
+    steps(theirs, images())
+    block.load_state_dict(theirs.state_dict(), strict=True)
+    Block().load_state_dict(block.state_dict(), strict=True)
+    assert list(block.state_dict()) == list(theirs.state_dict())
+    torch.testing.assert_close(block(images()), theirs(images()))
+
+
+def test_revert_restores_everything() -> None:
+    model = nn.Sequential(Block(), body(nn.ReLU()), net(lambda self, x: self.bn(x) + x))
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
+    tritonbn.convert(model, fuse=True)
+    assert sum("forward" in vars(module) for module in model.modules()) == 4
+    model.double()(images())
+    tritonbn.revert(model)
+    assert [(type(module), dict(vars(module))) for module in model.modules()] == before
+
+
+def test_converting_twice_is_converting_once(block: Any) -> None:
+    assert fused_in(tritonbn.convert(block, fuse=True), images()) == BOTH
+    assert fused_in(tritonbn.convert(block), images()) == BOTH
+
+
+COPIES: dict[str, Callable[[nn.Module], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch-save": lambda model: saved(model),
+}
+
+
+def saved(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_copies_are_fused_and_independent(block: Any, duplicate: Callable[[nn.Module], Any]) -> None:
+    other = duplicate(block)
+    assert vars(other)["forward"].module is other
+    before = block(images())
+    assert fused_in(other, images()) == BOTH
+    with torch.no_grad():
+        other.bn.weight.zero_()
+    other.act.negative_slope = 1.0
+    assert not torch.equal(other(images()), before)
+    assert_trains_alike(other, reverted(other), images())
+
+
+def test_replica_for_data_parallel_runs_its_own_children(block: Any) -> None:
+    replica = block._replicate_for_data_parallel()
+    assert "forward" not in vars(replica)
+    replica._modules["bn"] = nn.Identity()
+    assert fused_in(block, images()) == BOTH
+    with fusions() as seen:
+        replica(images())
+    assert seen == ["relu"]
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "forward": lambda module: module.register_forward_hook(lambda m, args, output: None),
+    "changing-forward": lambda module: module.register_forward_hook(lambda m, args, output: output * 2),
+    "forward-pre": lambda module: module.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+    "full-backward": lambda module: module.register_full_backward_hook(lambda m, gx, gy: (2 * gx[0],)),
+    "full-backward-pre": lambda module: module.register_full_backward_pre_hook(lambda m, gy: (gy[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("name", ["bn", "act"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_suspend_the_fusion(name: str, hook: Callable[[nn.Module], Any], when: str) -> None:
+    theirs, ours = Block(), Block()
+    hook(theirs.get_submodule(name))
+    if when == "after":
+        tritonbn.convert(ours, fuse=True)
+    handle = hook(ours.get_submodule(name))
+    tritonbn.convert(ours, fuse=True)
+    assert fused_in(ours, images()) == ["relu", ""]
+    assert "a hook watches the" in tritonbn.report(ours).rows[1].alone
+    assert_trains_alike(ours, theirs, images())
+    handle.remove()
+    assert fused_in(ours, images()) == BOTH
+
+
+def test_hook_on_a_sequential_that_ends_in_the_norm() -> None:
+    model = net(lambda self, x: self.relu(self.body(x) + x), body=body())
+    ours = converted(model)
+    for one in (model, ours):
+        one.get_submodule("body").register_forward_hook(lambda m, args, output: output * 2)
+    assert fused_in(ours, images()) == [""]
+    assert_trains_alike(ours, model, images())
+
+
+def test_hook_on_an_identity_between() -> None:
+    model = net(lambda self, x: self.relu(self.drop(self.bn(x)) + x), drop=nn.Identity())
+    ours = converted(model)
+    assert fused_in(ours, images()) == ["add + relu"]
+    for one in (model, ours):
+        one.drop.register_forward_hook(lambda m, args, output: output * 2)
+    assert fused_in(ours, images()) == [""]
+    assert_trains_alike(ours, model, images())
+
+
+def test_global_hook_suspends_the_fusion(block: Any) -> None:
+    handle = torch_module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert fused_in(block, images()) == ["", ""]
+    finally:
+        handle.remove()
+    assert fused_in(block, images()) == BOTH
+
+
+def test_hooks_on_the_fused_module_itself_are_called(block: Any) -> None:
+    calls: list[str] = []
+    block.register_forward_hook(lambda m, args, output: calls.append("after"))
+    assert fused_in(block, images()) == BOTH
+    assert calls == ["after"]
+
+
+def test_own_forward_of_an_instance_suspends_the_fusion(block: Any) -> None:
+    act = block.get_submodule("act")
+    act.forward = lambda input: input * 3
+    assert fused_in(block, images()) == ["relu", ""]
+    theirs = Block()
+    theirs.act.forward = act.forward  # type: ignore[method-assign]
+    assert_trains_alike(block, theirs, images())
+
+
+def test_changed_children_take_effect(block: Any) -> None:
+    block.act.negative_slope = 0.7
+    assert fused_in(block, images()) == ["relu", "add + leaky_relu(0.7)"]
+    block.act = nn.Sigmoid()
+    assert fused_in(block, images()) == ["relu", "add + sigmoid"]
+    block.act = nn.PReLU().double()
+    assert fused_in(block, images()) == ["relu", "add"]
+    block.bn = nn.Identity()
+    assert fused_in(block, images()) == ["relu"]
+    block.shortcut = convolution().double()
+    block.first[2] = nn.Identity()
+    assert_trains_alike(block, reverted(block), images())
+
+
+def test_changed_attribute_takes_effect() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.bn(x)
+        return y.relu() if self.how[0] == "relu" else y.sigmoid() if self.sigmoid else y
+
+    model = net(forward)
+    vars(model).update(how=["relu"], sigmoid=False)
+    ours = converted(model)
+    assert fused_in(ours, images()) == ["relu"]
+    ours.how[0] = "other"
+    assert fused_in(ours, images()) == [""]
+    ours.sigmoid = True
+    assert fused_in(ours, images()) == ["sigmoid"]
+
+
+def test_changed_list_of_children_takes_effect() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return self.bn(x).relu()
+
+    model = net(forward, layers=nn.ModuleList([nn.Sigmoid()]))
+    ours = converted(model)
+    for one in (model, ours):
+        one.layers.append(nn.Tanh())
+    assert fused_in(ours, images()) == ["relu"]
+    assert_trains_alike(ours, model, images())
+
+
+def test_training_and_evaluation_are_kept_apart() -> None:
+    theirs, ours = Block(drop=0.5), converted(Block(drop=0.5))
+    for mode in (True, False, True):
+        theirs.train(mode), ours.train(mode)
+        torch.manual_seed(5)
+        expected = theirs(images())
+        torch.manual_seed(5)
+        torch.testing.assert_close(ours(images()), expected)
+
+
+CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "number": ((images(), 2), {}),
+    "other-number": ((images(), 2.5), {}),
+    "named": ((), {"x": images(), "flip": True}),
+    "tensor": ((images(), torch.tensor(3.0)), {}),
+    "named-tensor": ((images(),), {"scale": images(1)}),
+    "subclass": ((nn.Parameter(images()),), {}),
+}
+
+
+@pytest.mark.parametrize(("args", "named"), CALLS.values(), ids=CALLS)
+def test_all_kinds_of_calls_are_fused(block: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    assert fused_in(block, *args, **named) == BOTH
+    assert_trains_alike(block, Block(), *args, **named)
+
+
+def test_arguments_that_always_change_are_traced_a_few_times_only(block: Any) -> None:
+    for scale in range(30):
+        torch.testing.assert_close(block(images(), scale), reverted(block)(images(), scale))
+    forward = vars(block)["forward"]
+    assert isinstance(forward, FusedForward)
+    assert len(forward.variants) == MAX_VARIANTS
+
+
+def test_wrong_calls_raise_what_they_raised(block: Any) -> None:
+    for args, named in (((), {}), ((images(), 1, 2), {}), ((images(),), {"other": 1}), ((images(), object()), {})):
+        with pytest.raises(TypeError) as theirs:
+            Block()(*args, **named)
+        with pytest.raises(TypeError) as ours:
+            block(*args, **named)
+        assert str(ours.value) == str(theirs.value)
+
+
+class DenseLayer(nn.Module):
+    """As torchvision's: called with a tensor or with a list of tensors."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(inputs, CHANNELS, 1)
+
+    def forward(self, input: Any) -> Any:
+        inputs = [input] if isinstance(input, Tensor) else input
+        return self.conv(self.relu(self.norm(torch.cat(inputs, 1))))
+
+
+class DenseBlock(nn.ModuleDict):
+    """As torchvision's: each layer sees all that came before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for _, layer in self.items():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+def test_lists_of_tensors_as_arguments() -> None:
+    torch.manual_seed(0)
+    model = DenseBlock({str(i): DenseLayer(CHANNELS * (i + 1)) for i in range(3)}).double()
+    ours = converted(model)
+    assert fused_in(ours, images()) == ["relu"] * 3
+    assert_trains_alike(ours, model, images())
+
+
+RESIDUALS: dict[str, tuple[Callable[[Any, Tensor], Any], Tensor]] = {
+    "one-channel": (lambda self, x: self.bn(self.conv(x)) + self.other, images()[:, :1]),
+    "one-image": (lambda self, x: self.bn(self.conv(x)) + self.other, images()[:1]),
+    "larger": (lambda self, x: self.bn(self.conv(x)) + self.other, images().unsqueeze(0)),
+    "other-dtype": (lambda self, x: self.bn(self.conv(x)) + self.other, images().float()),
+    "other-dtype-in-place": (lambda self, x: self.bn(self.conv(x)).add_(self.other), images().float()),
+}
+
+
+@pytest.mark.parametrize(("forward", "other"), RESIDUALS.values(), ids=RESIDUALS)
+def test_residual_that_is_broadcast_or_converted_is_added_as_before(forward: Any, other: Tensor) -> None:
+    model = net(forward)
+    model.register_buffer("other", other)
+    ours = converted(model)
+    assert fused_in(ours, images()) == [""]
+    with fusions() as seen:
+        assert ours(images()).dtype == model(images()).dtype
+    assert seen == [""]
+    assert_trains_alike(ours, model, images())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_wider_residual_decides_the_dtype_as_before(in_place: bool) -> None:
+    def add(self: Any, x: Tensor) -> Any:
+        return self.bn(x).add_(self.other) if in_place else self.bn(x) + self.other
+
+    model = net(add).float()
+    model.register_buffer("other", images())
+    x = images().float()
+    assert converted(model)(x).dtype == model(x).dtype == (torch.float32 if in_place else torch.float64)
+
+
+def test_buffers_written_by_the_forward_are_written_at_each_call() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        self.calls.add_(1)
+        return self.bn(x).relu() * self.calls
+
+    model = net(forward)
+    model.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+    ours = converted(model)
+    assert ours.calls == 0
+    assert fused_in(ours, images()) == ["relu"]
+    assert_trains_alike(ours, model, images())
+
+
+def test_refused_trace_leaves_nothing_behind() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        self.notes.append(x)
+        self.last = x
+        torch.rand(1)
+        return self.bn(x).relu()
+
+    model = net(forward)
+    vars(model)["notes"] = []
+    before, state = dict(vars(model)), torch.get_rng_state()
+    tritonbn.convert(model, fuse=True)
+    assert model.notes == []
+    assert vars(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_input_list_that_the_forward_changes_is_changed() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            x.append(x[0])
+            x = x[0]
+        return self.bn(x).relu()
+
+    ours = converted(net(forward))
+    given = [images()]
+    ours(given)
+    assert len(given) == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_a_fused_model(block: Any, reentrant: bool) -> None:
+    results = []
+    for model in (block, Block()):
+        x = images().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        torch.autograd.backward(y.sin().sum())
+        results.append([y.detach(), x.grad, *model.state_dict().values()])
+    torch.testing.assert_close(*results)
+
+
+def test_autocast_keeps_dtypes() -> None:
+    model = net(lambda self, x: F.softplus(self.bn(self.conv(x))) + self.bn2(self.conv2(x)).relu()).float()
+    ours = converted(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_in(ours, images().float()) == ["", "relu"]  # CUDA's autocast computes softplus in float32
+        mine, theirs = ours(images().float()), model(images().float())
+    assert mine.dtype == theirs.dtype
+    torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compiled_model_stays_fused(block: Any, training: bool, recwarn: Any) -> None:
+    torch.compiler.reset()
+    theirs = Block().train(training)
+    block.train(training)
+    compiled: Any = torch.compile(block, backend="aot_eager", fullgraph=True)
+    with fusions() as seen:
+        mine = compiled(images())
+    assert seen == BOTH
+    torch.testing.assert_close(mine, theirs(images()))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images()), theirs(images()))
+    torch.testing.assert_close(block.state_dict(), theirs.state_dict())
+
+
+def test_compiled_before_converting(block: Any) -> None:
+    torch.compiler.reset()
+    model = Block()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(images())
+    tritonbn.convert(compiled, fuse=True)
+    with fusions() as seen:
+        compiled(images())
+    assert seen == BOTH
+
+
+def test_others_who_trace_see_the_modules() -> None:
+    inner = net(lambda self, x: self.relu(self.bn(self.conv(x)) + x))
+    model = converted(nn.Sequential(inner, body(nn.ReLU()).double()))
+    assert fused_in(model, images()) == ["add + relu", "relu"]
+    traced = fx.symbolic_trace(model)
+    assert {"0.bn", "0.relu", "1.1", "1.2"} < {node.target for node in traced.graph.nodes}
+    torch.testing.assert_close(traced(images()), reverted(model)(images()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_export_and_jit_trace(block: Any) -> None:
+    block.eval()
+    expected = block(images())
+    torch.testing.assert_close(torch.export.export(block, (images(),)).module()(images()), expected)
+    traced: Any = torch.jit.trace(block, (images(),))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(images()), expected)
+
+
+def test_functional_call_uses_the_given_parameters(block: Any) -> None:
+    given = {name: torch.zeros_like(parameter) for name, parameter in block.named_parameters()}
+    theirs = torch.func.functional_call(Block(), given, (images(),))
+    torch.testing.assert_close(torch.func.functional_call(block, given, (images(),)), theirs)
+
+
+def test_changed_forward_of_the_class_takes_effect() -> None:
+    model = net(lambda self, x: self.bn(x).relu())
+    ours = converted(model)
+    assert fused_in(ours, images()) == ["relu"]
+    type(model).forward = lambda self, x: self.bn(x).sigmoid()
+    assert fused_in(ours, images()) == ["sigmoid"]
+
+
+def test_graph_module_is_fused() -> None:
+    model = fx.symbolic_trace(net(lambda self, x: self.relu(self.bn(self.conv(x)) + x)))
+    ours = converted(model)
+    with fusions() as seen:
+        mine = ours(images())
+    assert seen == ["add + relu"]
+    torch.testing.assert_close(mine, model(images()))
+
+
+def test_sync_batch_norm_takes_over(block: Any) -> None:
+    sync: Any = nn.SyncBatchNorm
+    model = sync.convert_sync_batchnorm(block)
+    assert fused_in(model, images()) == []
+    torch.testing.assert_close(model(images()), Block()(images()))
+
+
+def test_inference_mode(block: Any) -> None:
+    with torch.inference_mode():
+        assert fused_in(block, images()) == BOTH
+        torch.testing.assert_close(block(images()), Block()(images()))
+        assert fused_in(converted(Block()), images()) == BOTH
+
+
+def test_other_threads_run_modules_while_one_is_traced() -> None:
+    results: list[Any] = []
+    other = Block()
+
+    def forward(self: Any, x: Tensor) -> Any:
+        thread = threading.Thread(target=lambda: results.append(other(images())))
+        thread.start()
+        thread.join()
+        return self.bn(x).relu()
+
+    ours = converted(net(forward))
+    assert len(results) == 4 + 1  # traced for each mode, and once to see what there is
+    assert fused_in(ours, images()) == ["relu"]
+    torch.testing.assert_close(results[0], Block()(images()))
+
+
+def test_threads_that_meet_a_new_kind_of_call_together(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # Triton's interpreter is not made for threads
+    expected = reverted(block)
+    errors: list[Exception] = []
+
+    def run(scale: int) -> None:
+        try:
+            for i in range(3):
+                block.eval()(images(), scale + i)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(scale,)) for scale in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    torch.testing.assert_close(block(images(), 3), expected.eval()(images(), 3))
+    assert nn.Module.__call__ is not None
+    assert type(nn.Module.__call__).__name__ == "function"
+    assert nn.Module.__call__.__name__ == "_wrapped_call_impl"
+
+
+def test_wrong_calls_of_a_sequential_raise_what_they_raised() -> None:
+    model = nn.Sequential(norm(), nn.ReLU())
+    for args, named in (((), {}), ((images(), 1), {}), ((images(),), {"other": 1})):
+        with pytest.raises(TypeError) as theirs:
+            model(*args, **named)
+        with pytest.raises(TypeError) as ours:
+            converted(model)(*args, **named)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_slices_of_a_fused_sequential_are_plain() -> None:
+    model = converted(nn.Sequential(convolution(), norm(), nn.ReLU()).double())
+    assert fused_in(model, images()) == ["relu"]
+    assert fused_in(model[:2], images()) == [""]
+    model.append(tritonbn.convert(norm().double())).append(nn.Sigmoid())
+    assert fused_in(model, images()) == ["relu", "sigmoid"]
+
+
+def test_scripted_children_and_bare_norm_are_left_alone() -> None:
+    bare = norm()
+    assert tritonbn.convert(bare, fuse=True) is bare
+    assert "forward" not in vars(bare)

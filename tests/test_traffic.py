@@ -1,0 +1,142 @@
+"""Bytes that the kernels really load and store, counted in the interpreter, against what the plan says they move."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import Layout
+from tritonbn import launch
+from tritonbn.activations import IDENTITY, resolve
+from tritonbn.autograd import keeps_bits
+from tritonbn.launch import Saved
+from tritonbn.plan import forced, make_plan
+from tritonbn.traffic import Operands, bytes_moved
+
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts what Triton's interpreter does")
+
+LAYOUTS = [
+    pytest.param(Layout((24, 32)), id="rows"),
+    pytest.param(Layout((200, 100)), id="rows-several-tiles"),
+    pytest.param(Layout((41, 7)), id="rows-odd"),
+    pytest.param(Layout((40, 7)), id="rows-folded"),
+    pytest.param(Layout((3, 10, 7, 7)), id="7x7"),
+    pytest.param(Layout((20, 8, 7, 7)), id="7x7-several-tiles"),
+    pytest.param(Layout((3, 2, 70, 70)), id="planes-several-blocks"),
+    pytest.param(Layout((2, 16, 5, 5), torch.channels_last), id="channels-last"),
+]
+
+
+@contextmanager
+def counted(size: int) -> Iterator[list[int]]:
+    """Bytes accessed in tensors of at least `size` elements, or of bits, that kernels started within are given."""
+    ranges: list[tuple[int, int]] = []
+    total = [0]
+    builder = interpreter.InterpreterBuilder
+    load, store, start = builder.create_masked_load, builder.create_masked_store, launch._launch
+
+    def count(pointers: Any, mask: Any) -> None:
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data]
+        total[0] += width * sum(int(((addresses >= low) & (addresses < high)).sum()) for low, high in ranges)
+
+    def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def note(kernel: Any, grid: Any, plan: Any, *args: Any, **constants: Any) -> None:
+        tensors = [t for t in args if isinstance(t, Tensor) and t.dtype != torch.int32]  # tickets
+        full = [t for t in tensors if t.numel() >= size or t.dtype == torch.uint8]
+        ranges[:] = sorted({(t.data_ptr(), t.data_ptr() + t.nbytes) for t in full})
+        start(kernel, grid, plan, *args, **constants)
+
+    builder.create_masked_load, builder.create_masked_store, launch._launch = counting_load, counting_store, note
+    try:
+        yield total
+    finally:
+        builder.create_masked_load, builder.create_masked_store, launch._launch = load, store, start
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("name", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("path", ["single", "split"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_move_what_the_plan_says(layout: Layout, path: Any, name: str, residual: bool, training: bool) -> None:
+    x, dy, z = (layout.arrange(torch.randn(layout.shape)).bfloat16() for _ in range(3))
+    C = layout.shape[1]
+    weight, bias, mean, var = torch.rand(4, C)
+    activation = resolve(name)
+    added = z if residual else None
+    bits_kept = keeps_bits(added, activation)
+    with forced(path):
+        plan = launch.plan_for("forward" if training else "inference", x)
+        with counted(x.numel()) as forward:
+            if training:
+                _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, activation, bits_kept)
+            else:
+                _, bits, _, _ = launch.inference(x, added, weight, bias, mean, var, 1e-5, activation, bits_kept)
+        assert forward[0] == bytes_moved(plan, Operands(training, residual, bits_kept))
+
+        needs_z = activation != IDENTITY and not bits_kept
+        saved = Saved(x, weight, bias, added if needs_z else None, bits, mean, var)
+        plan = launch.plan_for("backward", x, activation.costly)
+        for dx in (True, False):
+            for parameters in (True, False):
+                for dresidual in {False, residual and activation != IDENTITY}:
+                    wanted = dx, parameters, parameters, dresidual
+                    with counted(x.numel()) as backward:
+                        launch.backward(dy, saved, training, activation, torch.float32, wanted)
+                    operands = Operands(training, residual and needs_z, bits_kept, needs_z, dx, parameters, dresidual)
+                    assert backward[0] == bytes_moved(plan, operands), operands
+
+
+RESNET = "planes", (256, 256, 3136), 2
+BITS = 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("operation", "path", "operands", "per_element"),
+    [
+        ("forward", "split", Operands(), 3 * 2),
+        ("forward", "split", Operands(residual=True, bits=True), 4 * 2 + BITS),
+        ("backward", "split", Operands(), 5 * 2),
+        ("backward", "split", Operands(activation=True), 5 * 2),
+        ("backward", "split", Operands(bits=True, dresidual=True), 6 * 2 + BITS),
+        ("backward", "split", Operands(bits=True), 5 * 2 + 2 * BITS),
+        ("backward", "split", Operands(activation=True, residual=True, dresidual=True), 7 * 2),
+        ("inference", "split", Operands(residual=True), 3 * 2),
+        ("backward", "split", Operands(training=False), 3 * 2),
+        ("backward", "split", Operands(training=False, parameters=False), 2 * 2),
+        ("backward", "split", Operands(training=False, parameters=False, activation=True), 3 * 2),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (str, float)) else None,
+)
+def test_streaming_traffic_is_that_of_the_design(operation: Any, path: Any, operands: Operands, per_element: float) -> None:
+    with forced(path):
+        plan = make_plan(operation, *RESNET)  # type: ignore[arg-type]
+    assert bytes_moved(plan, operands) == per_element * 256 * 256 * 3136
+
+
+@pytest.mark.parametrize(
+    ("operation", "operands", "per_element"),
+    [
+        ("forward", Operands(), 2 * 2),
+        ("forward", Operands(residual=True, bits=True), 3 * 2 + BITS),
+        ("backward", Operands(activation=True), 3 * 2),
+        ("backward", Operands(bits=True, dresidual=True), 4 * 2 + BITS),
+    ],
+    ids=["forward", "forward-add-relu", "backward-relu", "backward-add-relu"],
+)
+def test_a_slice_that_one_tile_holds_is_read_once(operation: Any, operands: Operands, per_element: float) -> None:
+    with forced("single"):
+        plan = make_plan(operation, "planes", (4, 2048, 49), 2)
+    assert bytes_moved(plan, operands) == per_element * 4 * 2048 * 49

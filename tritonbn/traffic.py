@@ -1,0 +1,67 @@
+"""Bytes of full tensors that an operation moves by its plan: the price of batch norm. Vectors of size C are left out.
+
+With s bytes per element: forward 3s (2s where one tile holds a channel group's slice), and s for a residual; backward
+5s (3s), and with a residual and ReLU 6s + 1/8 (4s + 1/8), where the first pass writes what the second one reads.
+"""
+
+from typing import NamedTuple
+
+from tritonbn.plan import Plan
+
+
+class Operands(NamedTuple):
+    """Which full tensors an operation has beside x and y, or dy."""
+
+    training: bool = True  # statistics of the batch
+    residual: bool = False  # read by the forward, and by the backward where the derivative is computed from it
+    bits: bool = False  # written by the forward, read by the backward
+    activation: bool = False  # the backward computes its derivative: from x, and the residual if there is one
+    dx: bool = True
+    parameters: bool = True  # dweight or dbias
+    dresidual: bool = False
+
+
+def bytes_moved(plan: Plan, operands: Operands = Operands()) -> int:
+    """Bytes read and written by the kernels of `plan`."""
+    if plan.operation == "backward":
+        return _backward(plan, operands)
+    again = _again(plan)[0] if plan.operation == "forward" else 0
+    tensors = (2 + operands.residual) * _values(plan) + again
+    return tensors * plan.itemsize + operands.bits * plan.bit_bytes
+
+
+def _backward(plan: Plan, operands: Operands) -> int:
+    values = _values(plan)
+    written = operands.dx + operands.dresidual
+    second = operands.training and operands.dx
+    if not (operands.parameters or second):
+        if not written:
+            return 0
+        read = 1 + operands.activation + operands.residual
+        return (read + written) * values * plan.itemsize + operands.bits * plan.bit_bytes
+    tensors = (2 + operands.residual + written) * values
+    bits = operands.bits * plan.bit_bytes
+    if second:
+        again, bits_again = _again(plan)
+        replaced = operands.dresidual  # it is read instead of dy, residual and bits
+        tensors += (2 if replaced else 2 + operands.residual) * again
+        bits += 0 if replaced else operands.bits * bits_again
+    return tensors * plan.itemsize + bits
+
+
+def _values(plan: Plan) -> int:
+    N, C, S = plan.shape
+    return N * C * S
+
+
+def _again(plan: Plan) -> tuple[int, int]:
+    """Values, and bytes of bits, that a second pass reads: all, or on one launch all but those of the first tiles."""
+    if plan.path == "split":
+        return _values(plan), plan.bit_bytes
+    tile, C = plan.tile, plan.shape[1]
+    rows = min(tile.BLOCK_R, plan.rows)
+    if tile.GROUP == 1:
+        S = plan.width * tile.V
+        lanes = min(tile.BLOCK_L, S)
+        return _values(plan) - rows * lanes * C, plan.bit_bytes - rows * C * -(-lanes // 8)
+    return _values(plan) * (plan.rows - rows) // plan.rows, plan.bit_bytes * (plan.rows - rows) // plan.rows
