@@ -66,7 +66,7 @@ SUBSET = [
     (4096, 2, 49),
     (32, 192, 17, 17),
 ]
-# All activations: rows, whole planes and groups of planes.
+# Rows, whole planes and groups of planes.
 FEW = [(60, 100), (256, 256, 56, 56), (256, 512, 7, 7)]
 
 
@@ -83,7 +83,7 @@ class Epilogue(NamedTuple):
 
 
 PLAIN = Epilogue()
-COMMON = [PLAIN, Epilogue(resolve("relu")), Epilogue(resolve("relu"), True)]
+COMMON = [Epilogue(resolve("relu")), Epilogue(resolve("relu"), True)]
 EVERY = [Epilogue(resolve(name), residual) for name in NAMES for residual in (False, True)]
 EVERY += [Epilogue(act, save_output=True) for act in map(resolve, NAMES) if act.invertible]
 
@@ -224,7 +224,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="sm_90", help="GPU to compile for")
     parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
     parser.add_argument("--subset", action="store_true", help="a few telling shapes instead of all")
-    parser.add_argument("--activations", action="store_true", help="all of them in the subset too")
+    parser.add_argument(
+        "--epilogues",
+        choices=["none", "common", "every"],
+        default="common",
+        help="with ReLU and add + ReLU too, or with every activation on a few shapes",
+    )
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
 
@@ -237,10 +242,12 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(args.json.parent)
     targets = list(TARGETS) if args.target == "all" else [args.target]
     dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
-    everything = RESNET50 + FULLY_CONNECTED + AWKWARD
-    chosen = list(cases(SUBSET if args.subset else everything, dtypes, COMMON))
-    if not args.subset or args.activations:
-        chosen += cases(FEW, dtypes, EVERY)
+    shapes = SUBSET if args.subset else RESNET50 + FULLY_CONNECTED + AWKWARD
+    chosen = list(cases(shapes, dtypes, [PLAIN]))
+    if args.epilogues != "none":
+        chosen += cases(FEW if args.subset else shapes, dtypes, COMMON)
+    if args.epilogues == "every":
+        chosen += cases(FEW, dtypes, [epilogue for epilogue in EVERY if epilogue not in (PLAIN, *COMMON)])
     found = list(rows(chosen, targets, args.workers))
     print_table(found)
     spilling, narrow = [row for row in found if row["spills"]], [row for row in found if _is_narrow(row)]

@@ -33,6 +33,7 @@ ORDER = [
     "reference",
     "activations",
     "tickets",
+    "traffic",
     "plan",
     "geometry",
     "kernels",

@@ -119,7 +119,7 @@ def test_every_layout(
     layout: Layout, name: str, residual: bool, training: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     for path in ("single", "split"):
-        with forced(path, splits=3 if path == "split" else None):  # type: ignore[arg-type]
+        with forced(path, splits=3 if path == "split" else None):
             check(layout, resolve(name), residual, dtype, device, training=training)
 
 

@@ -23,6 +23,7 @@ ALL = [*NAMES, "leaky_relu(0.3)", "elu(0.5)", "softplus(2.0, 1.5)"]
 INVERTIBLE = ["identity", "leaky_relu(0.2)", "elu", "elu(0.5)"]
 BITS = ["relu", "relu6", "leaky_relu(0.3)", "hardsigmoid"]
 PATHS = ["single", "split"]
+SAVES: tuple[Any, ...] = ("output", "input")
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 
@@ -164,7 +165,8 @@ def test_any_subset_of_gradients(
     leaves = [t for t in given if t.requires_grad]
     dy = random(6, 3, 5, seed=7, device=device)
     mean, var = (torch.linspace(low, 2, 3, device=device).double() for low in (-1, 1))
-    exact = reference.batch_norm(given[0], mean, var, *given[1:3], training, 1e-3, resolve(name), given[3])
+    x, weight, bias, residual = given
+    exact = reference.batch_norm(x, mean, var, weight, bias, training, 1e-3, resolve(name), residual)
     with forced(path, splits=2):
         y = call(training, activation=name)(*given)
         with recorded() as kernels:
@@ -221,7 +223,8 @@ def test_modes_and_second_derivatives_of_the_operator(name: str, device: torch.d
     given = arguments((6, 3), device)
 
     def second() -> tuple[Tensor, ...]:
-        y = batch_norm(given[0], None, None, *given[1:3], True, activation=name, residual=given[3])
+        x, weight, bias, residual = given
+        y = batch_norm(x, None, None, weight, bias, True, activation=name, residual=residual)
         first = torch.autograd.grad(y.pow(3).sum(), given, create_graph=True)
         return torch.autograd.grad(sum(g.pow(2).sum() for g in first), given)  # type: ignore[arg-type]
 
@@ -261,7 +264,7 @@ def test_backward_from_the_output(name: str, affine: bool, training: bool, path:
         x = layout.arrange(x.detach()).requires_grad_()
         with torch.no_grad():
             weight[0] *= -1
-        given = (x, weight, bias) if affine else (x, None, None)
+        given: Any = (x, weight, bias) if affine else (x, None, None)
         leaves = [t for t in given if t is not None]
         with forced(path, splits=2):
             kept = saved_by(partial(call(training, activation=name, save="output"), *given))
@@ -293,7 +296,7 @@ def test_backward_from_the_output_in_fewer_digits(
         weight[0] = 4.0
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     y = batch_norm(x, None, None, weight, bias, True, activation=name, save="output")
-    true = reference.batch_norm(exact[0], None, None, *exact[1:], True, activation=resolve(name))
+    true = reference.batch_norm(exact[0], None, None, exact[1], exact[2], True, activation=resolve(name))
     dy = random(64, 6, seed=4, device=device, dtype=dtype)
     found = torch.autograd.grad(y, [x, weight, bias], dy)
     for mine, theirs in zip(found, torch.autograd.grad(true, exact, dy.double()), strict=True):
@@ -313,10 +316,10 @@ def test_where_the_output_hides_the_input_the_input_is_kept(hidden: float, devic
     leaves = [x, weight, bias]
     found, true = (
         torch.autograd.grad(
-            batch_norm(x, None, None, weight, bias, True, activation="elu", save=save).sin().sum(),  # type: ignore[arg-type]
+            batch_norm(x, None, None, weight, bias, True, activation="elu", save=save).sin().sum(),
             leaves,
         )
-        for save in ("output", "input")
+        for save in SAVES
     )
     for mine, theirs in zip(found, true, strict=True):
         assert torch.equal(mine, theirs)

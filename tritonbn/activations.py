@@ -145,7 +145,7 @@ def of_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     if name is None:
         return None
     names = (*_PARAMETERS.get(name, {}), "inplace")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
     given.pop("inplace", None)
     return _make(name, given) if len(args) <= len(names) else None
 

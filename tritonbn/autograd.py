@@ -150,16 +150,22 @@ def second_backward(
     if activation.two_valued:
         only_residual = False, False, False, True
         slope = backward(torch.ones_like(dy), saved, training, activation, dy.dtype, only_residual).residual
-    given = dy, saved.x, saved.weight, saved.bias, saved.residual
-    statistics = None if training else (saved.mean, saved.rstd)
+    statistics = None
+    if not training:
+        assert saved.mean is not None
+        statistics = saved.mean, saved.rstd
+
+    def fresh(t: Tensor | None) -> Tensor | None:
+        """A view: dy is itself a function of x, and that path is not ours to follow."""
+        return None if t is None else t.view_as(t)
+
     with torch.enable_grad():
-        # Fresh views: dy is itself a function of x, and that path is not ours to follow.
-        views = tuple(None if t is None else t.view_as(t) for t in given)
-        assert views[0] is not None
+        dy, x = dy.view_as(dy), saved.x.view_as(saved.x)
+        weight, bias, residual = fresh(saved.weight), fresh(saved.bias), fresh(saved.residual)
+        views = dy, x, weight, bias, residual
         if slope is not None:
-            outputs = reference.gradients(views[0] * slope, *views[1:], statistics, eps, IDENTITY)
-        else:
-            outputs = reference.gradients(*views, statistics, eps, activation)
+            dy, activation = dy * slope, IDENTITY
+        outputs = reference.gradients(dy, x, weight, bias, residual, statistics, eps, activation)
     pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
     wanted = [v for v, need in zip(views, needed, strict=True) if v is not None and need]
     if not pairs or not wanted:
@@ -226,6 +232,7 @@ class BatchNormBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, *tensors = ctx.saved_tensors
+        training, activation = ctx.constants
         needed = ctx.needs_input_grad[:5]
-        gradients = second_backward(dy, Saved(*tensors), *ctx.constants, ctx.eps, upstream, needed)
+        gradients = second_backward(dy, Saved(*tensors), training, activation, ctx.eps, upstream, needed)
         return *gradients, None, None, None, None, None

@@ -122,7 +122,8 @@ class _BatchNormAct(TritonBatchNorm):
 
     def extra_repr(self) -> str:
         """torch's, then the activation and, unless it is the default, what is saved."""
-        text = f"{super().extra_repr()}, activation={resolve(self.activation)}"
+        inherited = super().extra_repr()  # type: ignore[no-untyped-call]
+        text = f"{inherited}, activation={resolve(self.activation)}"
         return text if self.save == "input" else f"{text}, save={self.save}"
 
 

@@ -59,8 +59,8 @@ def gradients(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if dtype != x.dtype:
-        wide = (t if t is None else t.to(dtype) for t in (weight, bias, residual))
-        found = gradients(dy.to(dtype), x.to(dtype), *wide, statistics, eps, activation)
+        w, b, r = (t if t is None else t.to(dtype) for t in (weight, bias, residual))
+        found = gradients(dy.to(dtype), x.to(dtype), w, b, r, statistics, eps, activation)
         parameter_dtype = x.dtype if weight is None else weight.dtype
         dx, dweight, dbias, dresidual = found
         return dx.to(x.dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype), dresidual.to(x.dtype)

@@ -21,7 +21,7 @@ class Operands(NamedTuple):
     dresidual: bool = False
 
 
-def bytes_moved(plan: Plan, operands: Operands = Operands()) -> int:
+def bytes_moved(plan: Plan, operands: Operands) -> int:
     """Bytes read and written by the kernels of `plan`."""
     if plan.operation == "backward":
         return _backward(plan, operands)
