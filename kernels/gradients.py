@@ -1,7 +1,8 @@
 """The gradient that reaches batch norm, a tile at a time: dz = dy * activation'(z), z what entered the activation.
 
 The derivative is told by the bits that the forward stored, or else z is computed again by the forward's expression.
-Where there is no mean, x_ptr is the output y, from which z and x - mean are recovered: the activation has an inverse.
+Where there is no mean, x_ptr is the output y, from which z and (x - mean) * rstd, in the place of x - mean, are
+recovered: the activation has an inverse.
 """
 
 import triton
@@ -14,19 +15,23 @@ from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, 
 
 @triton.jit
 def load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live):
-    """(center, rstd, scale, shift) [BLOCK_G], as `recover` takes them: center is the mean, or 1 / scale without it."""
+    """(center, rstd, scale, shift) [BLOCK_G], as `recover` takes them: center is the mean.
+
+    Without mean, what is recovered is (x - mean) * rstd: center is 1 / weight, and rstd is 1, as it is part of that.
+    """
     rstd = load_channels(rstd_ptr, c, live)
     scale = load_scale(weight_ptr, rstd, c, live)
+    shift = load_shift(bias_ptr, rstd, c, live)
     if mean_ptr is not None:
-        center = load_channels(mean_ptr, c, live)
+        return load_channels(mean_ptr, c, live), rstd, scale, shift
     else:
-        center = ratio(tl.full(rstd.shape, 1.0, rstd.dtype), scale)
-    return center, rstd, scale, load_shift(bias_ptr, rstd, c, live)
+        one = tl.full(rstd.shape, 1.0, rstd.dtype)
+        return ratio(one, load_scale(weight_ptr, one, c, live)), one, scale, shift
 
 
 @triton.jit
 def recover(x, center, scale, shift, ACT: tl.constexpr, INVERT: tl.constexpr):
-    """(x - mean, z without residual) of a tile of x, or of y where INVERT."""
+    """(x - mean, z without residual) of a tile of x; ((x - mean) * rstd, z) of a tile of y where INVERT."""
     if INVERT:
         z = invert(x, ACT)
         return (z - shift) * center, z

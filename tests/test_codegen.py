@@ -19,8 +19,8 @@ from tritonbn.kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
-    "kernel", "epilogue", "path", "layout", "dtype", "shape", "target", "registers", "spills", "shared_bytes", "load_bits",
-    "store_bits",
+    "kernel", "epilogue", "path", "layout", "dtype", "shape", "target", "registers", "spills", "shared_bytes",
+    "load_bits", "store_bits",
 }  # fmt: skip
 Rows = list[dict[str, Any]]
 

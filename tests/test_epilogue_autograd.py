@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonbn
@@ -353,6 +354,7 @@ def test_second_derivatives_from_the_output_are_refused(device: torch.device) ->
         ({"residual": torch.ones(1, 4)}, ValueError, r"shape of the input, torch.Size\(\[16, 4\]\), but got .*\[1, 4"),
         ({"residual": torch.ones(4)}, ValueError, "residual should have the shape of the input"),
         ({"residual": 1.0}, TypeError, "residual must be a Tensor or None, but got float"),
+        ({"activation": "softplus(0.0)"}, ValueError, "activation must be one of .* but got 'softplus"),
         ({"save": "x"}, ValueError, "save must be one of input, output, but got 'x'"),
         ({"save": "output", "activation": "relu"}, ValueError, "can be inverted .* but got relu"),
         ({"save": "output", "activation": "leaky_relu(-0.1)"}, ValueError, "can be inverted .* but got leaky_relu"),
@@ -399,3 +401,89 @@ def test_bits_do_not_depend_on_how_the_work_is_split(device: torch.device) -> No
             results.append(torch.autograd.grad(y.sum(), residual)[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_a_hook_may_repack_what_is_saved(name: str, device: torch.device) -> None:
+    """Bits follow the layout that x had; a hook that packs it densely changes its strides."""
+    x, weight, bias, residual = arguments((2, 5, 3, 4), device)
+    x, residual = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, residual))
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = batch_norm(x, None, None, weight, bias, True, activation=name, residual=residual)
+        return torch.autograd.grad(y.square().sum(), [x, weight, bias, residual])
+
+    expected = gradients()
+    with saved_tensors_hooks(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device).copy_(t), lambda t: t):
+        found = gradients()
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_compiled_training_leaves_the_statistics_without_history(device: torch.device) -> None:
+    torch.compiler.reset()
+    module = tritonbn.BatchNormAct1d(3).to(device)
+    eager = tritonbn.BatchNormAct1d(3).to(device)
+    compiled = torch.compile(module, backend="aot_eager", dynamic=True)
+    for rows in (6, 9):
+        x, _, _, residual = arguments((rows, 3), device, torch.float32)
+        torch.autograd.backward(compiled(x, residual).sum())
+        eager(x, residual)
+        for mine, true in zip(module.buffers(), eager.buffers(), strict=True):
+            assert not mine.requires_grad
+            torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "weights"),
+    [(torch.float64, 1.0, 1e-50), (torch.float64, 1e60, 1.0), (torch.float32, 1e8, 2e-31), (torch.float64, 1.0, 1e45)],
+)
+def test_extreme_scales_from_the_output(dtype: torch.dtype, scale: float, weights: float, device: torch.device) -> None:
+    """1 / weight must not overflow, nor 1 / (weight * rstd): then x is kept, or recovered without it."""
+    x = (random(16, 4, device=device) * scale).to(dtype).requires_grad_()
+    weight = torch.full((4,), weights, device=device, dtype=dtype, requires_grad=True)
+    dy = random(16, 4, seed=1, device=device).to(dtype)
+    found, true = (
+        torch.autograd.grad(
+            batch_norm(x, None, None, weight, None, True, activation="leaky_relu", save=s), [x, weight], dy
+        )
+        for s in SAVES
+    )
+    for mine, theirs in zip(found, true, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=float(theirs.abs().max()) * 1e-5)
+
+
+def test_channels_without_slope_keep_the_input(device: torch.device) -> None:
+    """Where elu is flat for nearly all of a channel, y says nothing of x."""
+    x, weight, bias, _ = arguments((64, 4), device, torch.bfloat16)
+    with torch.no_grad():
+        bias[1], weight[1] = -8.0, 1.0
+    kept = saved_by(lambda: batch_norm(x, None, None, weight, bias, True, activation="elu", save="output"))
+    assert [t.data_ptr() for t in kept if t.numel() > 4] == [x.data_ptr()]
+
+
+def test_inference_tensors_that_would_have_to_be_saved(device: torch.device) -> None:
+    """torch's error, before the statistics are written."""
+    with torch.inference_mode():
+        x = torch.randn(8, 3, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        batch_norm(x, mean, var, torch.ones(3, device=device, requires_grad=True), None, True, activation="relu")
+    assert not mean.any()
+
+
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_second_derivatives_can_be_traced(name: str, device: torch.device) -> None:
+    """Under a tracing mode the operators are all there is: no kernel may be launched on tensors without memory."""
+    given = arguments((6, 3), device)
+
+    def second(*tensors: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias, residual = tensors
+        y = batch_norm(x, None, None, weight, bias, True, activation=name, residual=residual)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, weight, residual])
+
+    traced = make_fx(second)(*given)
+    for mine, eager in zip(traced(*given), second(*given), strict=True):
+        torch.testing.assert_close(mine, eager)

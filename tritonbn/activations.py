@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +155,6 @@ def of_method(method: str) -> Activation | None:
     return Activation(method.rstrip("_")) if method in _METHODS else None
 
 
-@lru_cache(maxsize=256)
 def _named(text: str) -> Activation | None:
     text = _ALIASES.get(text.strip(), text.strip())
     if text in NAMES:
@@ -180,5 +179,7 @@ def _make(name: str, given: Mapping[str, Any]) -> Activation | None:
     defaults = _PARAMETERS.get(name, {})
     values = {**defaults, **given}
     if values.keys() != defaults.keys() or not all(type(v) in (int, float) for v in values.values()):
+        return None
+    if name == "softplus" and values["beta"] == 0:  # torch divides by it
         return None
     return Activation(name, *map(float, values.values()))

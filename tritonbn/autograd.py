@@ -1,5 +1,7 @@
 """What the backward needs and what it returns: the eager operation, differentiable to any order."""
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ def batch_norm(
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format_of(x))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        save_output = save_output and recoverable(x, weight, bias)
+        save_output = save_output and recoverable(x, weight, bias, given.activation)
         y: Tensor = BatchNorm.apply(x, weight, bias, residual, given, save_output)  # type: ignore[no-untyped-call]
         return y
     return forward(x, weight, bias, residual, given)[0]
@@ -45,20 +47,24 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format_of(x))
 
 
-def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: Activation) -> bool:
     """Whether y holds at least half of the digits of normalized x in every channel; waits for the GPU to know.
 
-    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies.
+    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies, nor
+    where nearly all of a channel is so far below zero that elu has no slope left.
     """
-    if weight is None:
+    if weight is None and bias is None:
         return True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     info = torch.finfo(x.dtype)
     with torch.no_grad():
-        hidden = weight.abs() < info.tiny / info.eps
-        if bias is not None:
-            hidden |= weight.abs() < info.eps**0.5 * bias.abs()
+        size = x.new_ones(x.shape[1]) if weight is None else weight.abs()
+        center = x.new_zeros(x.shape[1]) if bias is None else bias
+        # 1 / weight is computed from an approximation in float32.
+        hidden = (size < max(info.tiny / info.eps, 1e-30)) | (size > 1e30) | (size < info.eps**0.5 * center.abs())
+        if activation.name == "elu":
+            hidden |= center + 3 * size < math.log(info.eps) / 2
         return not bool(hidden.any())
 
 
@@ -119,7 +125,7 @@ def backward(
     pooled: bool = True,
 ) -> Gradients:
     """Gradients of (x, weight, bias, residual); dy of any strides is copied unless it is dense as x."""
-    x = dense(saved.x)  # as the forward saved it, unless a hook has repacked it
+    x = dense(saved.x)
     memory_format = memory_format_of(x)
     dy = dy.resolve_neg().contiguous(memory_format=memory_format)
     residual = None if saved.residual is None else saved.residual.contiguous(memory_format=memory_format)
@@ -139,29 +145,23 @@ def second_backward(
     eps: float,
     upstream: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
+    slope: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (dy, x, weight, bias, residual) where `upstream` are those of the first derivatives `Gradients`.
 
-    They are the formula's, by autograd. In training mean and rstd are functions of x. A derivative of the activation
-    that takes two values only does not change: bits tell it, and torch does not differentiate all of them twice.
+    They are the formula's, by autograd. In training mean and rstd are functions of x. slope is the derivative of a
+    two-valued activation: it does not change, and torch does not differentiate all of them twice.
     """
     create_graph = torch.is_grad_enabled()
-    slope = None
-    if activation.two_valued:
-        only_residual = False, False, False, True
-        slope = backward(torch.ones_like(dy), saved, training, activation, dy.dtype, only_residual).residual
     statistics = None
     if not training:
         assert saved.mean is not None
         statistics = saved.mean, saved.rstd
 
-    def fresh(t: Tensor | None) -> Tensor | None:
-        """A view: dy is itself a function of x, and that path is not ours to follow."""
-        return None if t is None else t.view_as(t)
-
     with torch.enable_grad():
+        # Fresh views: dy is itself a function of x, and that path is not ours to follow.
         dy, x = dy.view_as(dy), saved.x.view_as(saved.x)
-        weight, bias, residual = fresh(saved.weight), fresh(saved.bias), fresh(saved.residual)
+        weight, bias, residual = (None if t is None else t.view_as(t) for t in saved[1:4])
         views = dy, x, weight, bias, residual
         if slope is not None:
             dy, activation = dy * slope, IDENTITY
@@ -173,6 +173,12 @@ def second_backward(
     o, u = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(o, wanted, u, create_graph=create_graph, allow_unused=True))
     return tuple(next(found) if need and v is not None else None for v, need in zip(views, needed, strict=True))
+
+
+def unpacked(tensors: Iterable[Any], memory_format: torch.memory_format) -> Saved:
+    """What was saved, x laid out as it was then: a hook may have repacked it, and bits follow the layout."""
+    saved = Saved(*tensors)
+    return saved._replace(x=saved.x.contiguous(memory_format=memory_format))
 
 
 def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
@@ -202,13 +208,13 @@ class BatchNorm(torch.autograd.Function):
         # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
         saved = (y if save_output else x, weight, kept_bias, kept_residual, bits, None if save_output else mean, rstd)
         ctx.save_for_backward(*saved, given.running_mean, given.running_var)
-        ctx.eps = given.eps
+        ctx.eps, ctx.memory_format = given.eps, memory_format_of(x)
         ctx.constants = given.training, activation, parameter_dtype(x, weight, bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = Saved(*ctx.saved_tensors[:7])
+        saved = unpacked(ctx.saved_tensors[:7], ctx.memory_format)
         constants = *ctx.constants, ctx.needs_input_grad[:4]
         if not torch.is_grad_enabled():
             return *backward(dy, saved, *constants), None, None
@@ -226,13 +232,19 @@ class BatchNormBackward(torch.autograd.Function):
         *tensors, ctx.eps, constants = arguments
         saved = Saved(*tensors)
         ctx.save_for_backward(dy, *saved)
-        ctx.constants = constants[:2]
+        ctx.constants, ctx.memory_format = constants[:3], memory_format_of(saved.x)
         return tuple(backward(dy, saved, *constants))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, *tensors = ctx.saved_tensors
-        training, activation = ctx.constants
+        saved = unpacked(tensors, ctx.memory_format)
+        training, activation, dtype = ctx.constants
+        slope = None
+        if activation.two_valued:
+            with torch.no_grad():
+                only = False, False, False, True
+                slope = backward(torch.ones_like(dy), saved, training, activation, dtype, only).residual
         needed = ctx.needs_input_grad[:5]
-        gradients = second_backward(dy, Saved(*tensors), training, activation, ctx.eps, upstream, needed)
+        gradients = second_backward(dy, saved, training, activation, ctx.eps, upstream, needed, slope)
         return *gradients, None, None, None, None, None

@@ -53,8 +53,9 @@ def batch_norm(
             the backward computes it again. "output": y and vectors of size C only, so that x can be freed
             (Rota Bulo et al. 2018); for identity, leaky_relu and elu with a positive parameter and without residual.
             The backward then recovers x from y: in 16 bits, and for weights much smaller than their bias, with the few
-            digits of x that y still holds. Where a weight is 0 (looking waits for the GPU), under CUDA graph capture
-            and in compiled code, x is kept all the same. First derivatives only.
+            digits of x that y still holds. Where they are too few (a weight of 0, or far below its bias; a channel
+            where elu has no slope left; looking waits for the GPU), under CUDA graph capture and in compiled code, x is
+            kept all the same. First derivatives only.
 
     Returns:
         A new tensor of the shape, dtype and memory format of `input`. Differentiable in input, weight, bias and
@@ -89,7 +90,7 @@ def batch_norm(
     for old, new in ((running_mean, new_mean), (running_var, new_var)):
         if training and old is not None:
             if compiling:
-                old.copy_(new)
+                old.copy_(new.detach())  # not differentiable, but AOTAutograd may forget it
             else:
                 autograd.copy_without_version(old, new)
     return result
@@ -179,9 +180,13 @@ def _on_several_devices(*tensors: Tensor | None) -> bool:
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing must see each operation: no subclass, lazy negation, transform, forward derivative or trace."""
+    """Whether nothing must see each operation: no subclass, lazy negation, transform, forward derivative or trace.
+
+    Nor tensors of inference mode that autograd would have to save: torch refuses those before it writes anything.
+    """
     return (
         all(t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors)
+        and not (torch.is_grad_enabled() and any(t is not None and t.is_inference() for t in tensors))
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None

@@ -131,7 +131,8 @@ class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
     """activation(BatchNorm1d(x) + residual) in one operation, forward and backward; `state_dict` as BatchNorm1d's.
 
     activation: a name such as "relu" or "leaky_relu(0.2)", a torch module or function. save="output" keeps the output
-    for the backward instead of the input, see `tritonbn.functional.batch_norm`. The rest as in `torch.nn.BatchNorm1d`.
+    for the backward instead of the input, see `tritonbn.functional.batch_norm`. The rest as in `torch.nn.BatchNorm1d`;
+    but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` takes it for one, and its activation and residual are lost.
     Raises ValueError for an activation that cannot be fused, or not inverted where save="output" needs it.
     """
 

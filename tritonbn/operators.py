@@ -157,6 +157,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     kept = (bias, residual) if needs_z else (None, None)
     ctx.save_for_backward(x, weight, *kept, bits if keep_bits else None, mean, rstd)
     ctx.parameter_dtype = autograd.parameter_dtype(x, weight, bias)
+    ctx.memory_format = launch.memory_format_of(x)
 
 
 def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -164,7 +165,7 @@ def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...
     passed_on = wanted[3] and ctx.activation == IDENTITY  # an operator must not return its argument
     computed = [*wanted[:3], wanted[3] and not passed_on]
     constants = ctx.training, *ctx.activation, ctx.eps, ctx.parameter_dtype, computed
-    found = batch_norm_backward(dy, *ctx.saved_tensors, *constants)
+    found = batch_norm_backward(dy, *autograd.unpacked(ctx.saved_tensors, ctx.memory_format), *constants)
     gradients = [g if want else None for g, want in zip(found, computed, strict=True)]
     if passed_on:
         gradients[3] = dy
@@ -172,16 +173,24 @@ def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.training, name, a, b, ctx.eps, _, ctx.wanted = inputs
+    *tensors, ctx.training, name, a, b, ctx.eps, ctx.parameter_dtype, ctx.wanted = inputs
     ctx.activation = Activation(name, a, b)
+    ctx.memory_format = launch.memory_format_of(tensors[1])
     ctx.save_for_backward(*tensors)
 
 
 def _second_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     dy, *tensors = ctx.saved_tensors
+    saved = autograd.unpacked(tensors, ctx.memory_format)
+    slope = None
+    if ctx.activation.two_valued:
+        only = [False, False, False, True]
+        constants = ctx.training, *ctx.activation, ctx.eps, ctx.parameter_dtype, only
+        with torch.no_grad():
+            slope = batch_norm_backward(torch.ones_like(dy), *saved, *constants)[3]
     given = tuple(u if want else None for u, want in zip(upstream, ctx.wanted, strict=True))
-    constants = ctx.training, ctx.activation, ctx.eps
-    gradients = autograd.second_backward(dy, Saved(*tensors), *constants, given, ctx.needs_input_grad[:5])
+    needed = ctx.needs_input_grad[:5]
+    gradients = autograd.second_backward(dy, saved, ctx.training, ctx.activation, ctx.eps, given, needed, slope)
     return *gradients, *(None,) * 10
 
 

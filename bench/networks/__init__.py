@@ -1,1 +1,1 @@
-"""The networks of the batch normalization paper."""
+"""The networks that are measured: those of the batch normalization paper, and common ones for images."""
