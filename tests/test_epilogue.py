@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import cases, exact
 from tests.cases import Layout
-from tests.closeness import Distance, distance
+from tests.closeness import Distance, assert_as_good_as_torch, distance
 from tests.launches import recorded
 from tritonbn.activations import NAMES, Activation, resolve
 from tritonbn.functional import batch_norm
@@ -87,15 +87,7 @@ class Problem:
 
 
 def check(*args: Any, **options: Any) -> None:
-    """As good as torch on one draw of the data; where chance decides, on the worst of four."""
-    worst: dict[str, Distance] = {}
-    for seeds in ((0,), (1, 2, 3)):
-        for seed in seeds:
-            for name, found in Problem(*args, seed=seed, **options).distances():
-                worst[name] = found.worst(worst.get(name, found))
-        if all(found.is_fine() for found in worst.values()):
-            return
-    raise AssertionError(f"errors (ours, torch's, one ulp): {worst}")
+    assert_as_good_as_torch(lambda seed: Problem(*args, seed=seed, **options).distances())
 
 
 @pytest.mark.parametrize("dtype", FLOAT, ids=str)
