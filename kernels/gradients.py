@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .activations import gradient, gradient_where, invert
 from .statistics import ratio
-from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, store_tile, tile, widen
+from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, normalize, store_tile, tile, widen
 
 
 @triton.jit
@@ -36,8 +36,7 @@ def recover(x, center, scale, shift, ACT: tl.constexpr, INVERT: tl.constexpr):
         z = invert(x, ACT)
         return (z - shift) * center, z
     else:
-        d = widen(x) - center
-        return d, d * scale + shift
+        return normalize(x, center, scale, shift)
 
 
 @triton.jit

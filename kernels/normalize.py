@@ -15,6 +15,7 @@ from .tiles import (
     load_scale,
     load_shift,
     load_tile,
+    normalize,
     spread,
     store_bits,
     store_tile,
@@ -22,12 +23,6 @@ from .tiles import (
     tile_count,
     widen,
 )
-
-
-@triton.jit
-def normalize(x, mean, scale, shift):
-    """One tile of (x - mean) * scale + shift; mean is subtracted first, so a large mean costs no digits."""
-    return (widen(x) - mean) * scale + shift
 
 
 @triton.jit
@@ -49,7 +44,7 @@ def normalize_tiles(
     mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     for i in tl.range(0, t1 - t0):
         at, mask = tile(t1 - 1 - i, R, C, width, T)
-        z = normalize(load_tile(x_ptr, at, mask), mean, scale, shift)
+        _, z = normalize(load_tile(x_ptr, at, mask), mean, scale, shift)
         finish(z, residual_ptr, y_ptr, bits_ptr, t1 - 1 - i, R, C, width, T, ACT)
 
 
@@ -134,5 +129,5 @@ def forward_kernel(
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
     normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, 1, total, mean, scale, shift, R, C, width, T, ACT)
-    z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
+    _, z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
     finish(z, residual_ptr, y_ptr, bits_ptr, 0, R, C, width, T, ACT)

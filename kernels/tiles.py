@@ -170,6 +170,16 @@ def load_shift(bias_ptr, rstd, c, live):
 
 
 @triton.jit
+def normalize(x, mean, scale, shift):
+    """(x - mean, (x - mean) * scale + shift) of a tile; the mean is subtracted first, so a large one costs no digits.
+
+    Forward and backward share it: where the backward computes it again, each sign comes out as it did.
+    """
+    d = widen(x) - mean
+    return d, d * scale + shift
+
+
+@triton.jit
 def fold(v, T: tl.constexpr):
     """Sum a tile [BLOCK_L, BLOCK_R] over rows and lanes to one value per channel [BLOCK_G]."""
     v = tl.sum(v, 1)  # [BLOCK_L]

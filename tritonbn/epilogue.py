@@ -15,7 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from tritonbn.activations import IDENTITY, Activation, of_module
-from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, TritonBatchNorm
+from tritonbn.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    TritonBatchNorm,
+)
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -23,7 +31,8 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in OURS.items()}
-# Those of them that apply `self.drop` and `self.act` to what they normalize; see tritonbn.timm.
+WITH_RESIDUAL = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
+# Those of OURS that apply `self.drop` and `self.act` to what they normalize; see tritonbn.timm.
 WITH_ACTIVATION: set[type[nn.Module]] = set()
 
 
@@ -175,3 +184,10 @@ def notice_timm() -> None:
     """Make timm's type known if timm is in use. It is not imported otherwise."""
     if "timm.layers.norm_act" in sys.modules:
         importlib.import_module("tritonbn.timm")
+
+
+def check_module(model: object) -> None:
+    """Raise TypeError if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected torch.nn.Module, got {type(model).__name__}")
+    notice_timm()

@@ -14,9 +14,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from tritonbn.activations import IDENTITY, Activation, resolve
 from tritonbn.chains import only_user
 from tritonbn.effects import Untraceable
-from tritonbn.epilogue import OURS, TORCHS, WITH_ACTIVATION, OwnForward, children, is_bare, is_sequential, notice_timm
+from tritonbn.epilogue import (
+    OURS,
+    TORCHS,
+    WITH_ACTIVATION,
+    WITH_RESIDUAL,
+    OwnForward,
+    check_module,
+    children,
+    is_bare,
+    is_sequential,
+)
 from tritonbn.fusion import install, is_container, usual_graph
-from tritonbn.modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, leaf_node
+from tritonbn.modules import leaf_node
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
@@ -31,7 +41,6 @@ DIMENSIONS: dict[type[nn.Module], int] = {
     nn.ConvTranspose2d: 4,
     nn.ConvTranspose3d: 5,
 }
-WITH_RESIDUAL = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 
 
 class Folded(nn.Module):
@@ -55,13 +64,6 @@ class Folded(nn.Module):
     def extra_repr(self) -> str:
         """Where it went."""
         return f"into={self.into}" + ("" if self.activation == IDENTITY else f", activation={self.activation}")
-
-
-def check_module(model: object) -> None:
-    """Raise TypeError if it is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected torch.nn.Module, got {type(model).__name__}")
-    notice_timm()
 
 
 def fold(model: Model) -> Model:

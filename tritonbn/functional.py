@@ -13,6 +13,7 @@ from tritonbn.plan import fits
 
 Save = Literal["input", "output"]
 
+_SAVES = get_args(Save)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -98,8 +99,8 @@ def batch_norm(
 
 def check_epilogue(input: Tensor | None, residual: Tensor | None, activation: Activation, save: Save) -> None:
     """Raise what `batch_norm` raises for arguments that torch's function does not have."""
-    if save not in get_args(Save):
-        raise ValueError(f"save must be one of {', '.join(get_args(Save))}, but got {save!r}")
+    if save not in _SAVES:
+        raise ValueError(f"save must be one of {', '.join(_SAVES)}, but got {save!r}")
     if save == "output" and not activation.invertible:
         raise ValueError(
             "save='output' needs an activation that can be inverted (identity, leaky_relu or elu with a positive "

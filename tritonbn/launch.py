@@ -24,7 +24,7 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
 # Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
-# register count of its own choosing; of all that there are, split reductions that store no tile still take 128 at most.
+# register count of its own choosing; of all that there are, most split reductions still take 128: see `plan.py`.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
 
 

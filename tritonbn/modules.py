@@ -32,7 +32,8 @@ class TritonBatchNorm(_BatchNorm):
     ) -> Tensor:
         """activation(batch norm of input + residual) with this module's parameters, statistics and mode."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
-        functional.check_epilogue(input, residual, resolve(activation), save)  # a rejected call is not counted
+        resolved = resolve(activation)
+        functional.check_epilogue(input, residual, resolved, save)  # a rejected call is not counted
         momentum = self._count_batch()
         use_batch = self.training or (self.running_mean is None and self.running_var is None)
         # In training, buffers that are not tracked must not reach the function: it would update them.
@@ -46,7 +47,7 @@ class TritonBatchNorm(_BatchNorm):
             use_batch,
             momentum,
             self.eps,
-            activation=activation,
+            activation=resolved,
             residual=residual,
             save=save,
         )

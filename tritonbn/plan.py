@@ -25,7 +25,8 @@ Path = Literal["single", "split"]
 SMALL_SLICE = 64 << 10
 # Up to here the slices of all running programs (two per SM) stay in an L2 of 50 MB, so the second pass finds them.
 L2_SLICE = 128 << 10
-# Split reductions take 128 registers at most (136 where they store dx of 17x17 planes): two programs of 8 warps per SM.
+# Split reductions take 128 registers at most: two programs of 8 warps per SM. More only in 17x17 planes, where a row of
+# lanes is a tile: 136 where they store dx, up to 230 with an activation.
 # A wave of them should be full.
 PROGRAMS_PER_SM = 2
 FULL_WAVE = 0.95

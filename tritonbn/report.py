@@ -11,8 +11,19 @@ from torch.nn.utils import parametrize
 
 from tritonbn.activations import resolve
 from tritonbn.chains import Use
-from tritonbn.epilogue import OURS, TORCHS, WITH_ACTIVATION, OwnForward, is_bare, is_norm, is_replaced, known
-from tritonbn.fold import WITH_RESIDUAL, Folded, check_module, folds
+from tritonbn.epilogue import (
+    OURS,
+    TORCHS,
+    WITH_ACTIVATION,
+    WITH_RESIDUAL,
+    OwnForward,
+    check_module,
+    is_bare,
+    is_norm,
+    is_replaced,
+    known,
+)
+from tritonbn.fold import Folded, folds
 from tritonbn.fusion import analyse
 
 Status = Literal["replaced", "convertible", "left alone", "folded"]

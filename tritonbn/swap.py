@@ -4,8 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from tritonbn.epilogue import OURS, TORCHS, is_replaced
-from tritonbn.fold import check_module
+from tritonbn.epilogue import OURS, TORCHS, check_module, is_replaced
 from tritonbn.fusion import install, uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
