@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -53,11 +54,12 @@ def on(name: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[No
         yield
 
 
-CLUSTERED = [param for param in cases.LAYOUTS if param.id in ("rows", "rows-two-groups", "planes-ncl", "planes-prime")]
+LAYOUTS: list[Any] = cases.LAYOUTS
+CLUSTERED: list[Any] = [p for p in LAYOUTS if p.id in ("rows", "rows-two-groups", "planes-ncl", "planes-prime")]
 EACH = [
     pytest.param(name, *layout.values, id=f"{name}-{layout.id}")
     for name in CHOICES
-    for layout in (CLUSTERED if name == "cluster" else cases.LAYOUTS)
+    for layout in (CLUSTERED if name == "cluster" else LAYOUTS)
 ]
 
 

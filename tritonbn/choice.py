@@ -145,8 +145,9 @@ class Plan:
         size = f"{self.num_warps} warps" + f" x {self.ctas} CTAs" * (self.ctas > 1)
         return (
             f"{self.operation} {self.layout} {shape} x {self.itemsize} bytes: path {self.path}, {self.launches} launch"
-            f"{'es' if self.launches == 2 else ''}, {self.grid[0]} x {self.grid[1]} programs of {size}, {self.geometry} "
-            f"tiles {self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), {self.access_bits}-bit access"
+            f"{'es' if self.launches == 2 else ''}, {self.grid[0]} x {self.grid[1]} programs of {size}, "
+            f"{self.geometry} tiles {self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), "
+            f"{self.access_bits}-bit access"
         )
 
 
@@ -173,9 +174,7 @@ def build(problem: Problem, choice: Choice) -> Plan:
     reduce_tiles = -(-tiles // splits)
     resident = choice.path != "split" and reduce_tiles == 1
     if not resident and choice.path in ("cluster", "cooperative"):
-        raise ValueError(
-            f"path {choice.path} needs a tile that holds a program's share, but that is {reduce_tiles} tiles"
-        )
+        raise ValueError(f"path {choice.path} needs one tile for a program's share, but got {reduce_tiles}")
     if choice.ctas > 1 and tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
         raise ValueError("path cluster cannot gather channels across the CTAs of a program")
     return Plan(

@@ -15,12 +15,14 @@ class Device:
     clusters: bool = False  # and programs of several CTAs, with a Triton that reduces across them
 
 
+H200 = Device()
+
 # Bandwidth: a copy's share of the data sheet's figure is 0.9 where it is known (H100 and H200: 3.0 of 3.35 and 4.3 of
 # 4.8 TB/s), so 0.9 elsewhere; an estimate until `python -m bench ops` measures it. SMs and L2 from the data sheets.
 KNOWN = (
     Device("NVIDIA A100-SXM4-80GB", 108, 40 << 20, 1.8e12),
     Device("NVIDIA H100 80GB HBM3", 132, 50 << 20, 3.0e12),
-    Device(),
+    H200,
     Device("NVIDIA B200", 148, 126 << 20, 7.2e12),
     # L2 is 4 MB per die here, and the 256 MB behind it is shared with the memory side: no second pass is planned on it.
     Device("AMD Instinct MI300X", 304, 4 << 20, 4.8e12),

@@ -12,8 +12,8 @@ NARROW_BYTES_PER_THREAD = 16
 MAX_LANE_BYTES = 8 << 10
 # Samples are read side by side if one program may merge all channels: few, or no merge because it has all of a tensor.
 MAX_FOLDED_CHANNELS = 64
-# What one program owns is one tile up to here, kept in registers: of x, or in the backward of dy and of x. Twice as much
-# spills in most kernels.
+# What one program owns is one tile up to here, kept in registers: of x, or in the backward of dy and of x. Twice as
+# much spills in most kernels.
 RESIDENT_BYTES = 32 << 10
 
 

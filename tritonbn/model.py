@@ -26,6 +26,8 @@ L2_LATENCY = 300e-9
 # L2 delivers so many times what memory does; a part of it is filled by what is written, and by other kernels.
 L2_SPEED = 1.5
 L2_SHARE = 0.6
+# One SM can take so many times its share of the bandwidth.
+SM_REACH = 1.5
 # Most kernels take 128 registers at most (`python -m bench codegen`): that many warps per SM.
 WARPS_PER_SM = 16
 # A wave of split reductions should be full.
@@ -109,10 +111,9 @@ def _cooperative(problem: Problem, device: Device, streamed: Choice, splits: int
         num_warps = once.num_warps * (2 if larger == 4 else 1)
         if size > RESIDENT_BYTES or (larger > 1 and problem.costly):
             break
-        choice = once._replace(block_r=block_r, num_warps=num_warps, splits=1 << 30)
-        plan = build(problem, choice)
-        if plan.groups * plan.tiles <= _at_once(num_warps, device) and plan.tiles > 1:
-            yield choice
+        plan = build(problem, streamed._replace(block_r=block_r))
+        if plan.tiles > 1 and plan.groups * plan.tiles <= _at_once(num_warps, device):
+            yield once._replace(block_r=block_r, num_warps=num_warps, splits=plan.tiles)
     plan = build(problem, streamed)
     programs = _at_once(streamed.num_warps, device)
     held = int(L2_SHARE * device.l2_bytes) // (problem.operands * problem.data // plan.groups)
@@ -144,26 +145,29 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
     """The time that a plan should take on the device, between other kernels."""
     read, write, usable = problem.operands * problem.data, problem.data, L2_SHARE * device.l2_bytes
     if plan.operation == "inference":
-        waves = ceil(plan.groups * plan.apply_splits / _at_once(plan.num_warps, device))
-        return LAUNCH + _pass(plan, device, write, 0, write, waves * plan.apply_tiles)
+        programs = plan.groups * plan.apply_splits
+        waves = ceil(programs / _at_once(plan.num_warps, device))
+        return LAUNCH + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
     at_once = max(1, _at_once(plan.num_warps, device) // plan.ctas)
     programs = plan.grid[0] * plan.grid[1]
     merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
     waves = ceil(programs / at_once)
     if plan.path == "split":
         hits = read if read + write <= usable else min(read, usable)
-        applying = ceil(plan.groups * plan.apply_splits / at_once) * plan.apply_tiles
-        reducing = _pass(plan, device, read, 0, 0, waves * plan.reduce_tiles)
-        return 2 * LAUNCH + reducing + LATENCY + merge + _pass(plan, device, read - hits, hits, write, applying)
+        time = _pass(plan, device, read, 0, 0, programs, waves * plan.reduce_tiles) + LATENCY + merge
+        programs = plan.groups * plan.apply_splits
+        tiles = ceil(programs / at_once) * plan.apply_tiles
+        return 2 * LAUNCH + time + _pass(plan, device, read - hits, hits, write, programs, tiles)
     again = 0.0 if plan.tile.ONCE else read * (1 - 1 / plan.reduce_tiles)
     live = min(programs, at_once) * read / (plan.groups * plan.splits)
     hits = again * min(1.0, usable / live)
     rounds = ceil(plan.groups / plan.slots) if plan.cooperative else waves
     tiles = rounds * plan.reduce_tiles
     if rounds == 1:  # all reduce, then all write
-        time = _pass(plan, device, read, 0, 0, tiles) + _pass(plan, device, again - hits, hits, write, tiles)
+        time = _pass(plan, device, read, 0, 0, programs, tiles)
+        time += _pass(plan, device, again - hits, hits, write, programs, tiles)
     else:  # some reduce while others write
-        time = _pass(plan, device, read + again - hits, hits, write, 2 * tiles)
+        time = _pass(plan, device, read + again - hits, hits, write, programs, 2 * tiles)
     if plan.cooperative:
         uneven = rounds * plan.slots / plan.groups
         # While one slot waits, the programs of others work, if there are any.
@@ -172,12 +176,13 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
     return LAUNCH + time + BARRIER * (plan.ctas > 1)
 
 
-def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, tiles: int) -> float:
-    """Seconds to read from memory and from L2 and to write that many bytes.
+def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, programs: int, tiles: int) -> float:
+    """Seconds to read from memory and from L2 and to write that many bytes, by so many programs.
 
     What memory takes, or L2, or the loads that each program waits for: it works on `tiles`, two at a time.
     """
-    memory = (read + written) / device.bandwidth
+    reach = min(1.0, SM_REACH * programs * plan.ctas / device.sms)
+    memory = (read + written) / (device.bandwidth * reach)
     cache = (read + hits + written) / (L2_SPEED * device.bandwidth)
     narrow = max(1.0, 64 / plan.access_bits)
     return max(memory, cache, ceil(tiles / 2) * LATENCY) * narrow

@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 
 from tritonbn import model
 from tritonbn.choice import GRID_LIMIT, Choice, Layout, Operation, Path, Plan, Problem, build
-from tritonbn.device import Device
+from tritonbn.device import H200, Device
 
 __all__ = ["Device", "Layout", "Operation", "Path", "Plan", "fits", "forced", "make_plan"]
 
@@ -62,7 +62,7 @@ def make_plan(
     layout: Layout,
     shape: tuple[int, int, int],
     itemsize: int,
-    device: Device = Device(),
+    device: Device = H200,
     costly: bool = False,
 ) -> Plan:
     """The plan for `operation` on `[N, C, S]` with elements of `itemsize` bytes.
