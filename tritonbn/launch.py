@@ -18,6 +18,7 @@ from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, inp
 from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
+from tritonbn.model import WARPS_PER_SM
 from tritonbn.plan import Layout, Operation, Plan, make_plan
 from tritonbn.tickets import semaphores, tickets
 
@@ -31,8 +32,9 @@ def options(plan: Plan) -> dict[str, Any]:
     given: dict[str, Any] = {"num_warps": plan.num_warps, "enable_fp_fusion": True}
     if not torch.version.hip:
         # NVIDIA's assembler would rather spill a few values than exceed a register count of its own choosing; of all
-        # that there are for so many threads, most kernels still take 128: see `model.py`.
-        given["maxnreg"] = min(255, 65536 // (32 * plan.num_warps))
+        # that there are for so many threads, most kernels still take 128. Cooperative ones must: they count on it.
+        warps = max(plan.num_warps, WARPS_PER_SM) if plan.cooperative else plan.num_warps
+        given["maxnreg"] = min(255, 65536 // (32 * warps))
     if plan.cooperative:
         given["launch_cooperative_grid"] = True
     if plan.ctas > 1:

@@ -73,13 +73,13 @@ def _choices(problem: Problem, device: Device, splits: int | None) -> Iterator[C
         if choice is not None and device.clusters:
             yield choice
     if device.cooperative:
-        yield from _cooperative(problem, device, streamed, splits)
+        yield from _cooperative(problem, device, splits)
 
 
-def _streamed(problem: Problem, device: Device) -> Choice:
+def _streamed(problem: Problem, device: Device, narrow: bool = False) -> Choice:
     """Tiles of two 128-bit loads a thread; half where accesses are narrow or derivatives take exponentials."""
     tile, rows = problem.geometry[0], problem.rows
-    wide = tile.V * problem.itemsize >= 8 and not problem.costly
+    wide = tile.V * problem.itemsize >= 8 and not problem.costly and not narrow
     per_thread = BYTES_PER_THREAD if wide else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * problem.itemsize
     block_r = max(1, min(power_of_two(rows), 32 * WARPS * per_thread // row_bytes))
@@ -102,25 +102,19 @@ def _resident(problem: Problem, ctas: int) -> Choice | None:
     return Choice("cluster" if ctas > 1 else "single", block_r, block_l, num_warps, ctas=ctas)
 
 
-def _cooperative(problem: Problem, device: Device, streamed: Choice, splits: int | None) -> Iterator[Choice]:
+def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
     """All of the tensor in registers at a time; or as many channel groups as L2 holds."""
-    once = streamed._replace(path="cooperative")
-    for larger in (1, 2, 4):  # tiles of 8 KB, 16 KB by as many warps, 32 KB by twice as many
-        block_r = once.block_r * larger
-        size = block_r * once.block_l * problem.itemsize
-        num_warps = once.num_warps * (2 if larger == 4 else 1)
-        if size > RESIDENT_BYTES or (larger > 1 and problem.costly):
-            break
-        plan = build(problem, streamed._replace(block_r=block_r))
-        if plan.tiles > 1 and plan.groups * plan.tiles <= _at_once(num_warps, device):
-            yield once._replace(block_r=block_r, num_warps=num_warps, splits=plan.tiles)
-    plan = build(problem, streamed)
-    programs = _at_once(streamed.num_warps, device)
-    held = int(L2_SHARE * device.l2_bytes) // (problem.operands * problem.data // plan.groups)
+    # Tiles whose lanes are channels have more values per channel to keep: in the backward they spill.
+    choice = _streamed(problem, device, narrow=problem.operation == "backward" and problem.layout == "rows")
+    plan = build(problem, choice)
+    programs = _at_once(choice.num_warps, device)
+    if plan.tiles > 1 and plan.groups * plan.tiles <= programs:
+        yield choice._replace(path="cooperative", splits=plan.tiles)
+    held = int(L2_SHARE * device.l2_bytes) // max(1, problem.operands * problem.data // plan.groups)
     for slots in {1 << bit for bit in range(9)} | {plan.groups}:
         share = splits or min(programs // slots, plan.tiles)
-        if slots <= min(held, plan.groups, 256) and share > 1 - (splits == 1) and slots * share <= programs:
-            yield streamed._replace(path="stream", slots=slots, splits=share)
+        if slots <= min(held, plan.groups) and slots * share <= programs and (share > 1 or splits):
+            yield choice._replace(path="stream", slots=slots, splits=share)
 
 
 def _splits(problem: Problem, choice: Choice, device: Device) -> int:
