@@ -33,12 +33,17 @@ ORDER = [
     "reference",
     "activations",
     "tickets",
-    "traffic",
     "plan",
+    "model",
+    "traffic",
+    "tables",
+    "choice",
+    "device",
     "geometry",
+    "version",
     "kernels",
 ]
-KERNEL_ORDER = ["normalize", "backward", "gradients", "activations", "statistics", "tiles"]
+KERNEL_ORDER = ["cooperative", "normalize", "backward", "gradients", "activations", "statistics", "tiles"]
 KERNELS = sorted(name for name in vars(launch) if name.endswith("_kernel"))
 
 
@@ -74,7 +79,7 @@ def test_kernels_import_triton_and_siblings_only(path: Path) -> None:
         assert first == "triton" or (first == "" and second in below), name
 
 
-@pytest.mark.parametrize("name", ["plan", "geometry"])
+@pytest.mark.parametrize("name", ["plan", "model", "traffic", "tables", "choice", "device", "geometry"])
 def test_plans_are_pure_python(name: str) -> None:
     found = imports(ROOT / "tritonbn" / f"{name}.py")
     assert not {n for n in found if n.split(".")[0] in ("torch", "triton") or n.startswith("tritonbn.kernels")}

@@ -5,6 +5,7 @@ from tritonbn.fold import fold
 from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from tritonbn.report import SwapReport, report
 from tritonbn.swap import convert, revert
+from tritonbn.version import __version__ as __version__
 
 __all__ = [
     "BatchNorm1d",
@@ -20,5 +21,3 @@ __all__ = [
     "report",
     "revert",
 ]
-
-__version__ = "0.1.0"
