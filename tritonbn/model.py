@@ -108,8 +108,8 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
     narrow = problem.itemsize == 8 or (problem.operation == "backward" and problem.geometry[0].GROUP > 1)
     choice = _streamed(problem, device, narrow)
     plan = build(problem, choice)
-    most = 32 * WARPS * (NARROW_BYTES_PER_THREAD if narrow else BYTES_PER_THREAD)
-    if choice.block_l * problem.itemsize > most:  # one row is more
+    most = 32 * WARPS * NARROW_BYTES_PER_THREAD
+    if problem.geometry[0].SPAN > 1 and choice.block_l * problem.itemsize > most:  # one row is too much (17x17 planes)
         return
     programs = _at_once(choice.num_warps, device)
     if plan.tiles > 1 and plan.groups * plan.tiles <= programs:

@@ -61,8 +61,8 @@ def _values(plan: Plan) -> int:
 
 
 def _again(plan: Plan) -> tuple[int, int]:
-    """Values, and bytes of bits, that a second pass reads: all, or on one launch all but each program's first tile."""
-    if plan.path == "split":
+    """Values, and bytes of bits, that a second pass reads: all, or all but what each program kept, its first tile."""
+    if plan.path in ("split", "stream") and not plan.tile.ONCE:
         return _values(plan), plan.bit_bytes
     tile, C = plan.tile, plan.shape[1]
     values, bits = _values(plan), plan.bit_bytes
