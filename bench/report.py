@@ -67,6 +67,6 @@ def of_machine(folder: Folder) -> str:
     found = [make(folder) for stem, make in sections.SECTIONS.items() if stem in folder.files]
     if folder.gpu("ops"):
         found += [operators.operators(folder), operators.eager(folder)]
-        if folder.gpu("ops-tuned"):
+        if folder.gpu("tuned/ops"):
             found.append(operators.tuned(folder))
     return joined(f"## {folder.name}", *found) if any(found) else ""

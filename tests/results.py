@@ -65,8 +65,8 @@ def ops(rows: list[Row], wall: list[Row], **machine: Any) -> Row:
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """The files, by stem (with _ for -), in a new folder."""
+    """The files, by name, in a new folder; tuned_ops is tuned/ops.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, content in files.items():
-        write_json(folder / f"{stem.replace('_', '-')}.json", content)
+    for name, content in files.items():
+        write_json(folder / f"{name.replace('_', '/')}.json", content)
     return folder

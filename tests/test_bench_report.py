@@ -126,7 +126,7 @@ def test_rows_without_a_time_say_why(tmp_path: Path) -> None:
 
 def test_tuned_rows_stand_beside_those_before(tmp_path: Path) -> None:
     tuned = [results.row(us=32.0, plan="split"), results.row(us=30.0, layout="channels_last")]
-    text = page(gpu(tmp_path, pair(40.0, 80.0), ops_tuned=results.ops(tuned, [])))
+    text = page(gpu(tmp_path, pair(40.0, 80.0), tuned_ops=results.ops(tuned, [])))
     part = text[text.index("### Tuned plans") :]
     before, after = (f"{results.row(us=us)['percent_of_floor']:.1f}%" for us in (40.0, 32.0))
     assert line(part.split("<details>")[0], "resnet50-256")[5:] == ["1", before, after]

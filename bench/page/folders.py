@@ -8,14 +8,13 @@ from bench.errors import BenchError
 
 RESULTS = Path(__file__).parent.parent / "results"
 
-# What the page needs of each kind of file, by its stem. Others are read, and named only.
+# What the page needs of each kind of file, by its name. Others are read, and named only.
 MACHINE = {"device", "commit"}
 NEEDED = {
     "machine": MACHINE,
     "steps": {"steps"},
     "mnist": {"machine", "settings", "data", "check", "kernels_compared", "arms"},
     "ops": {"machine", "rows", "wall"},
-    "ops-tuned": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
 }
 ROW = {
@@ -23,7 +22,7 @@ ROW = {
     "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
 }  # fmt: skip
 WALL = {"set", "shape", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high", "error"}
-ROWS = {"ops": {"rows": ROW, "wall": WALL}, "ops-tuned": {"rows": ROW, "wall": WALL}}
+ROWS = {"ops": {"rows": ROW, "wall": WALL}}
 
 
 class Folder(NamedTuple):
@@ -32,11 +31,11 @@ class Folder(NamedTuple):
     name: str
     prefix: str  # of links on the page to files in this folder
     path: Path
-    files: dict[str, Any]  # content by stem
+    files: dict[str, Any]  # content by path in the folder, without .json
 
-    def gpu(self, stem: str) -> str | None:
+    def gpu(self, name: str) -> str | None:
         """The GPU that the figures in a file are of; None without such a file, and for figures of a CPU."""
-        device = self.files[stem]["machine"]["device"] if stem in self.files else "CPU"
+        device = self.files[name]["machine"]["device"] if name in self.files else "CPU"
         return None if device == "CPU" else str(device)
 
 
@@ -51,7 +50,8 @@ def read(root: Path) -> list[Folder]:
 
 
 def folder(path: Path, prefix: str) -> Folder:
-    return Folder(path.resolve().name, prefix, path, {file.stem: content(file) for file in sorted(path.glob("*.json"))})
+    files = {str(file.relative_to(path).with_suffix("")): file for file in sorted(path.rglob("*.json"))}
+    return Folder(path.resolve().name, prefix, path, {name: content(file) for name, file in files.items()})
 
 
 def content(path: Path) -> Any:

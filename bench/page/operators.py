@@ -1,5 +1,6 @@
 """The operator benchmark as Markdown: summaries, the rows we lose, every row, eager calls, targets."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -64,6 +65,7 @@ def operators(folder: Folder) -> str:
         failed(rows),
         *(f"![{text}]({folder.prefix}{name})" for name, text in plots.drawn(rows).items()),
         details("Every row of ours", every(rows)),
+        left_out(content.get("left_out", [])),
     )
 
 
@@ -130,6 +132,12 @@ def failed(rows: Sequence[Row]) -> str:
     return joined(f"**Rows without a time**: {len(lines)}.", details("Which, and why", table(head, lines, len(head))))
 
 
+def left_out(problems: Sequence[str]) -> str:
+    """What the run had no time for."""
+    counted = [f"{what}: {number}" for what, number in Counter(problems).items()]
+    return f"Problems not measured, because the time was spent: {'; '.join(counted)}." if counted else ""
+
+
 def every(rows: Sequence[Row]) -> str:
     """Our rows, each with the fastest peer's time on the same problem, and the plan."""
     peers = fastest(rows)
@@ -157,7 +165,7 @@ def eager(folder: Folder) -> str:
 def tuned(folder: Folder) -> str:
     """Our rows with tuned plans beside those that were measured before tuning on the same machine."""
     before = {problem(row): row for row in timed(folder.files["ops"]["rows"])}
-    after = [row for row in timed(folder.files["ops-tuned"]["rows"]) if problem(row) in before]
+    after = [row for row in timed(folder.files["tuned/ops"]["rows"]) if problem(row) in before]
     means, lines = [], []
     for names, mine in grouped(after, group):
         same = [before[problem(row)] for row in mine]

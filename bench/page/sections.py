@@ -10,14 +10,14 @@ from bench.page.markdown import joined, table
 
 def repeat(folders: Sequence[Folder]) -> str:
     """The commands that give each kind of result."""
-    files = {stem: content for folder in folders for stem, content in folder.files.items()}
     commands = [("everything that needs a GPU", "make VENV= PYTHON=python3 gpu")]
-    if "mnist" in files:
-        chosen = files["mnist"]["settings"]
-        options = f"--steps {chosen['steps']} --seeds {chosen['seeds']}"
-        commands.append(("MNIST", f"python -m bench mnist --data DIR {options}"))
-    if "overhead" in files:
-        commands.append(("what a call costs the CPU", "python -m bench overhead"))
+    for folder in folders:
+        if "mnist" in folder.files:
+            chosen = folder.files["mnist"]["settings"]
+            options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
+            commands.append((f"{folder.prefix}mnist.json", f"python -m bench mnist {options}"))
+        if "overhead" in folder.files:
+            commands.append((f"{folder.prefix}overhead.json", "python -m bench overhead"))
     commands.append(("this page", "python -m bench report"))
     lines = ((what, f"`{command}`") for what, command in commands)
     return joined("### How to repeat", table(("what", "command"), lines, words=2))
@@ -27,10 +27,10 @@ def machines(folders: Sequence[Folder]) -> str:
     """Which machine, versions and commit each file is from."""
     rows = []
     for folder in folders:
-        for stem, content in folder.files.items():
-            facts = content if stem == "machine" else content.get("machine") if isinstance(content, dict) else None
+        for name, content in folder.files.items():
+            facts = content if name == "machine" else content.get("machine") if isinstance(content, dict) else None
             if facts:
-                rows.append((f"[{folder.prefix}{stem}.json]({folder.prefix}{stem}.json)", *described(facts)))
+                rows.append((f"[{folder.prefix}{name}.json]({folder.prefix}{name}.json)", *described(facts)))
     return joined("## Machines, versions, commits", table(("file", "device", "versions", "commit"), rows, words=4))
 
 
