@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     with terminable():
         for step in todo:
             result, seconds, last = execute(step, out / f"{step.name}.log")
+            # Results are committed: no folder of this machine in them.
+            last = last.replace(f"{out.resolve()}/", "").replace(f"{ROOT}/", "")
             done[step.name] = {"result": result, "seconds": seconds, "last_line": last, "commit": facts["commit"]}
             write_json(out / "steps.json", {"steps": [{"name": name} | row for name, row in done.items()]})
     table = Table("step", "result", "seconds", "limit", "last line", box=None)

@@ -63,7 +63,7 @@ def test_a_failing_step_costs_no_other(
         monkeypatch,
         fails=("print('why'); raise SystemExit(3)", 60),
         hangs=("import time; print('on it'); time.sleep(60)", 2),
-        works=("print('done')", 60),
+        works=(f"print('done: {tmp_path / 'a'} {ROOT / 'b'}')", 60),
     )
     assert main(["gpu", "--out", str(tmp_path)]) == 1
     table = capsys.readouterr().out.split("last line")[1].splitlines()[1:]
@@ -72,9 +72,12 @@ def test_a_failing_step_costs_no_other(
         ["hangs", "over", "2"],
         ["works", "ok", "0"],
     ]
-    assert (tmp_path / "works.log").read_text() == "done\n"
+    assert (tmp_path / "works.log").read_text().startswith(f"done: {tmp_path}")
     steps = {step["name"]: step for step in json.loads((tmp_path / "steps.json").read_text())["steps"]}
-    assert [(step["result"], step["last_line"]) for step in steps.values()][::2] == [("exit 3", "why"), ("ok", "done")]
+    assert [(step["result"], step["last_line"]) for step in steps.values()][::2] == [
+        ("exit 3", "why"),
+        ("ok", "done: a b"),
+    ]
     assert 1 <= steps["hangs"]["seconds"] < 30
     facts = json.loads((tmp_path / "machine.json").read_text())
     assert facts["device"] == "NVIDIA Pretend 9000"

@@ -156,15 +156,15 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 def test_machines_versions_and_commands(tmp_path: Path) -> None:
-    names = ("name", "result", "seconds", "last_line")
-    steps = [("tests", "exit 1", 61.2, "1 failed, 2 passed"), ("report", "ok", 1.0, "never on the page")]
+    names = ("name", "result", "seconds", "last_line", "commit")
+    steps = [("tests", "exit 1", 61.2, "1 failed, 2 passed", None), ("report", "ok", 1.0, "never on the page", None)]
     files: dict[str, Any] = {"steps": {"steps": [dict(zip(names, step, strict=True)) for step in steps]}}
     files["machine"] = results.MACHINE | {"commit": "abcdef0123456-dirty"}
     text = page(gpu(tmp_path, pair(40.0, 80.0), **files))
     versions = "python 3.12.3, torch 2.11.0, triton 3.6.0, cuda 13.0"
     assert line(text, f"({FOLDER}/ops.json)")[1:] == [f"{results.GPU}, Pretend CPU, 4 threads", versions, "0123456789"]
     assert line(text, f"({FOLDER}/machine.json)")[3] == "abcdef0123-dirty"
-    assert line(text, "1 failed") == ["tests", "exit 1", "1 failed, 2 passed", "61"]
+    assert line(text, "1 failed") == ["tests", "exit 1", "1 failed, 2 passed", "unknown", "61"]
     assert "never on the page" not in text
     assert "`make VENV= PYTHON=python3 gpu`" in text
 

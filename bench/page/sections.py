@@ -38,7 +38,9 @@ def described(facts: dict[str, Any]) -> tuple[str, str, str]:
     """(device, versions, commit)"""
     threads = mnist_tables.counted(facts["threads"], "thread") if "threads" in facts else None
     device = None if facts["device"] == "CPU" else facts["device"]
-    versions = (f"{name} {facts[name]}" for name in ("python", "torch", "triton", "cuda", "driver") if facts.get(name))
+    versions = (
+        f"{name} {facts[name]}" for name in ("python", "torch", "triton", "cuda", "cudnn", "driver") if facts.get(name)
+    )
     place = (part for part in (device, facts.get("cpu"), threads) if part)
     return ", ".join(place), ", ".join(versions), short(facts["commit"])
 
@@ -95,8 +97,11 @@ def quartiles(figure: dict[str, float] | None) -> str | None:
 def steps(folder: Folder) -> str:
     """What `make gpu` ran there. The page itself is one of its steps and cannot tell."""
     found = [step for step in folder.files["steps"]["steps"] if step["name"] != "report"]
-    rows = [(step["name"], step["result"], step["last_line"], f"{step['seconds']:.0f}") for step in found]
-    return joined("### What ran", table(("step", "result", "last line", "seconds"), rows, words=3))
+    rows = [
+        (step["name"], step["result"], step["last_line"], short(step["commit"]), f"{step['seconds']:.0f}")
+        for step in found
+    ]
+    return joined("### What ran", table(("step", "result", "last line", "commit", "seconds"), rows, words=4))
 
 
 # By the file that each is made of, in the order of the page.
