@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device is None and not torch.cuda.is_available():
         return without_gpu(args)
     device = pick_device(args.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     facts = machine(device)
     gpu = facts["device"].replace(" ", "-")

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.table import Table
-
-from bench.console import console
-from bench.report import uncut
+from bench.console import console, print_columns
 from bench.summary import (
     OURS,
+    Against,
     Row,
     failures,
     geometric_mean_ratio,
@@ -19,6 +16,7 @@ from bench.summary import (
     weighted_percent,
 )
 
+COMPARED: tuple[Against, ...] = ("eager", "compile")
 REACHED = {True: "yes", False: "NO", None: "not measured"}
 
 
@@ -47,55 +45,49 @@ def print_summary(rows: Sequence[Row], wall: Sequence[Row]) -> None:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(group(row), []).append(row)
-    heads = "set", "dtype", "layout", "epilogue", "direction", "% of floor", "/ eager", "/ compile"
-    means = plain(
-        "weighted means: share of the floor; times faster than the best of torch eager, and of compiled", heads
-    )
+    heads = ["set", "dtype", "layout", "epilogue", "direction", "% of floor", "x eager", "x compile"]
+    means = [heads]
     for key, mine in groups.items():
-        means.add_row(
-            *key,
-            number(weighted_percent(mine), ".0f"),
-            number(geometric_mean_ratio(mine, "eager"), ".2f"),
-            number(geometric_mean_ratio(mine, "compile"), ".2f"),
-        )
-    console.print(uncut(means, 0), crop=False)
+        percent = number(weighted_percent(mine), ".0f")
+        means.append([*key, percent, *(number(geometric_mean_ratio(mine, to), ".2f") for to in COMPARED)])
+    console.print("\nWeighted means of ours: share of the floor; times as fast as the best of torch eager, compiled")
+    print_columns(means)
     print_lost(rows)
     if wall:
-        console.print(uncut(wall_table(wall), 0), crop=False)
-    lines = plain("lines to cross, set for an H200", ("", "line", "measured", "reached"))
+        print_wall(wall)
+    lines = [["line to cross, set for an H200", "line", "measured", "reached"]]
     for found in targets(rows, wall):
-        lines.add_row(found.text, f"{found.line:g}", number(found.value, ".2f"), REACHED[found.reached])
-    console.print(lines, crop=False)
+        lines.append([found.text, f"{found.line:g}", number(found.value, ".2f"), REACHED[found.reached]])
+    console.print()
+    print_columns(lines)
 
 
 def print_lost(rows: Sequence[Row]) -> None:
     lost, failed = losses(rows), failures(rows)
     compared = len(ratios(rows))
-    console.print(f"{len(lost)} of {compared} rows lost to the best peer, {len(failed)} of ours failed", soft_wrap=True)
+    console.print(
+        f"\n{len(lost)} of {compared} rows lost to the best peer, {len(failed)} of ours failed", soft_wrap=True
+    )
     for row in lost:
         peers = [r for r in rows if r["us"] is not None and name(r) == name(row) and r["direction"] == row["direction"]]
         first = min((r for r in peers if r["provider"] != OURS), key=lambda r: r["us"] or 0.0)
         console.print(
-            f"  {name(row)} {row['direction']}: {row['us']:.1f} us, {first['provider']} {first['us']:.1f} us, path "
-            f"{row['path']}",
+            f"  {name(row)} {row['direction']}: {row['ratio_to_best_peer']:.2f}x, {row['us']:.1f} us, "
+            f"{first['provider']} {first['us']:.1f} us, path {row['path']}",
             soft_wrap=True,
         )
     for row in failed:
         console.print(f"  {name(row)} {row['direction']}: {row['error']}", soft_wrap=True)
 
 
-def wall_table(wall: Sequence[Row]) -> Table:
-    title = "eager calls of modules, one after the other: microseconds per call (quartiles)"
-    table = plain(title, ("set", "shape", "dtype", "epilogue", "direction", "provider", "us per call"))
+def print_wall(wall: Sequence[Row]) -> None:
+    console.print("\nEager calls of modules, one after the other: microseconds per call (quartiles)")
+    lines = [["set", "shape", "dtype", "epilogue", "direction", "provider", "us per call"]]
     for row in wall:
         time = row["error"] or f"{row['us']:.1f} ({row['us_low']:.1f}-{row['us_high']:.1f})"
         shape = "x".join(map(str, row["shape"]))
-        table.add_row(row["set"], shape, row["dtype"], row["epilogue"], row["direction"], row["provider"], time)
-    return table
-
-
-def plain(title: str, heads: Sequence[str]) -> Table:
-    return Table(*heads, title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        lines.append([row["set"], shape, row["dtype"], row["epilogue"], row["direction"], row["provider"], time])
+    print_columns(lines)
 
 
 def number(value: float | None, form: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from bench.console import console
+from bench.console import print_columns
 from bench.problem import DTYPES, Problem
 from tritonbn.plan import Layout, Operation, Plan, make_plan
 
@@ -46,11 +46,9 @@ def show(problems: Iterable[Problem]) -> None:
         lines.append(
             [problem.set, "x".join(map(str, problem.layer.shape)), str(problem.layer.count), problem.layout,
              problem.dtype, problem.epilogue, brief(forward), brief(backward), *(f"{mb:.2f}" for mb in megabytes),
-             *(f"{floor_us(problem, name):.1f}" for name in GPUS)]
+             *(f"{floor_us(problem, name):.3g}" for name in GPUS)]
         )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        console.print("  ".join(map(str.ljust, line, widths)).rstrip(), soft_wrap=True)
+    print_columns(lines)
 
 
 def brief(plan: Plan) -> str:

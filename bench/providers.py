@@ -3,8 +3,8 @@
 Each is a function that takes an epilogue and the layer's state and gives `operation(x, residual) -> y`, in training.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -78,8 +78,15 @@ def compiled_operation(mode: str, epilogue: Epilogue, state: State) -> Operation
     return partial(compiled, epilogue.activation, *state)
 
 
-def no_cudnn() -> AbstractContextManager[object]:
-    return torch.backends.cudnn.flags(enabled=False)
+@contextmanager
+def no_cudnn() -> Iterator[None]:
+    """Without cuDNN; torch's own context would set precisions too, which not every version lets one set back."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def keeping_buffers() -> AbstractContextManager[object]:

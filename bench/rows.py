@@ -88,7 +88,9 @@ def fill(row: Row, operation: Operation, problem: Problem, inputs: Inputs, direc
     slots, floor_seconds = len(inputs.slots), row["floor_bytes"] / bench.bandwidth
     found = measure(call, slots, bench.device, max(floor_seconds, LAUNCH_SECONDS), bench.samples)
     row["us"], row["us_low"], row["us_high"], row["timed_by"] = found
-    row["slots"], row["cold"] = slots, slots * problem.tensor_bytes >= COLD * bench.l2_bytes
+    row["slots"] = slots
+    if bench.l2_bytes:
+        row["cold"] = slots * problem.tensor_bytes >= COLD * bench.l2_bytes
     row["gb_per_s"] = row["floor_bytes"] / found.us / 1e3
     row["percent_of_floor"] = 100 * floor_seconds / (found.us * 1e-6)
 

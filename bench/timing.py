@@ -56,7 +56,9 @@ def measure(call: Call, slots: int, device: torch.device, least: float, samples:
 
     def rotate(calls: int) -> None:
         for index in range(calls):
-            outputs[index % slots] = call(index % slots)
+            slot = index % slots
+            outputs[slot] = None
+            outputs[slot] = call(slot)
 
     if device.type != "cuda":
         rotate(1)
