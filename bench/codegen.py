@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import machine_code
-from bench.console import console
+from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.mnist import positive
@@ -268,7 +268,4 @@ def print_table(found: list[dict[str, Any]]) -> None:
     for row in found:
         cells = row | {"shape": "x".join(map(str, row["shape"]))}
         lines.append(["-" if cells[name] is None else str(cells[name]) for name in names])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    wrong = [False, *(bool(row["spills"]) or _is_narrow(row) for row in found)]
-    for line, bad in zip(lines, wrong, strict=True):
-        console.print("  ".join(map(str.ljust, line, widths)), style="red" if bad else None, soft_wrap=True)
+    print_columns(lines, [index for index, row in enumerate(found, 1) if row["spills"] or _is_narrow(row)])
