@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
-from bench.console import console
+from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.measure import machine
@@ -72,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
             last = last.replace(f"{out.resolve()}/", "").replace(f"{ROOT}/", "")
             done[step.name] = {"result": result, "seconds": seconds, "last_line": last, "commit": facts["commit"]}
             write_json(out / "steps.json", {"steps": [{"name": name} | row for name, row in done.items()]})
-    table = Table("step", "result", "seconds", "limit", "last line", box=None)
+    lines = [["step", "result", "seconds", "limit", "last line"]]
     for step in todo:
         row = done[step.name]
-        table.add_row(step.name, row["result"], f"{row['seconds']:.0f}", str(step.limit), row["last_line"])
-    console.print(table)
+        lines.append([step.name, row["result"], f"{row['seconds']:.0f}", str(step.limit), row["last_line"]])
+    print_columns(lines)
     return 0 if all(done[step.name]["result"] == "ok" for step in todo) else 1
 
 

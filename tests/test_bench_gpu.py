@@ -209,6 +209,8 @@ def test_steps_are_commands_that_exist(tmp_path: Path) -> None:
         assert module in ("bench", "pytest")
         if module == "bench" and words[0] in SUBJECTS:
             parsed[step.name] = parse(words)
+    assert parsed["ops"].out == tmp_path
+    assert parsed["ops-tuned"].out == tmp_path / "tuned"
     assert (parsed["mnist"].out, parsed["mnist"].data) == (tmp_path, tmp_path / "data")
     assert parsed["mnist"].device == "cuda"
     assert parsed["report"].results == tmp_path

@@ -17,6 +17,7 @@ from bench.__main__ import main
 from bench.page import markdown, plots
 from bench.page.folders import RESULTS
 from tests import results
+from tritonbn import launch
 
 FOLDER = "Pretend"
 
@@ -140,6 +141,29 @@ def test_eager_calls_have_a_column_per_provider(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_was_not_measured_and_how_the_rest_was(tmp_path: Path) -> None:
+    rows = [*pair(40.0, 80.0), results.row(us=9.0, epilogue="bn+relu", timed_by="events", cold=False)]
+    content = results.ops(rows, []) | {"left_out": ["densenet fp32 bn"] * 2 + ["mnist fp32 bn"]}
+    text = page(results.write(tmp_path / FOLDER, ops=content).parent)
+    assert "Rows timed: 2 by graph, 1 by events. In 1 rows the cache may hold some of the inputs." in text
+    assert "because the time was spent: densenet fp32 bn: 2; mnist fp32 bn: 1." in text
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a run on the CPU needs Triton's interpreter")
+def test_what_bench_ops_writes_is_what_the_page_needs(tmp_path: Path) -> None:
+    words = "--device cpu --shape 4,8,2,2 --layout nchw --dtype fp32 --epilogue bn+relu --direction forward"
+    words += " --provider eager --provider tritonbn"
+    assert main(["ops", *words.split(), "--out", str(tmp_path / FOLDER)]) == 0
+    path = tmp_path / FOLDER / "ops.json"
+    content = json.loads(path.read_text())
+    assert "### Operators" not in page(tmp_path)
+    content["machine"]["device"] = results.GPU
+    path.write_text(json.dumps(content))
+    (row,) = (row for row in content["rows"] if row["provider"] == "tritonbn")
+    cells = line(page(tmp_path).partition("Every row of ours")[2], "custom", "4x8x2x2")
+    assert cells[1:8] == ["4x8x2x2", "fp32", "nchw", "bn+relu", "forward", row["plan"], "eager"]
+
+
 def overhead() -> results.Row:
     figure = {"low": 9.0, "median": 10.0, "high": 12.0}
     row = {"case": "batch_norm [60, 100]", "launches": 1, "us": {"torch": figure, "ours": figure}, "before": None}
@@ -227,7 +251,7 @@ def broken(name: str, text: str, message: str, kind: str) -> Any:
         broken("ops.json", "[]", "ops.json: expected an object, got list", "list"),
         broken("ops.json", '{"machine": {}, "rows": []}', "missing: wall", "no-wall"),
         broken("ops.json", ops_text(3), "rows: expected a list, got int", "rows"),
-        broken("ops.json", ops_text([{"us": 1}]), "rows[0]: expected count,", "row"),
+        broken("ops.json", ops_text([{"us": 1}]), "rows[0]: expected cold, count,", "row"),
         broken("ops.json", '{"machine": {}, "rows": [], "wall": []}', "machine: expected commit", "machine"),
         broken("steps.json", "{}", "missing: steps", "steps"),
     ],

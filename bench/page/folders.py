@@ -19,7 +19,7 @@ NEEDED = {
 }
 ROW = {
     "set", "shape", "count", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high",
-    "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
+    "timed_by", "cold", "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
 }  # fmt: skip
 WALL = {"set", "shape", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high", "error"}
 ROWS = {"ops": {"rows": ROW, "wall": WALL}}

@@ -60,6 +60,7 @@ def operators(folder: Folder) -> str:
         "### Operators",
         f"A plain copy moves {copy:,.0f} GB/s, read plus write." if copy else "",
         f"Not compared, because not there: {', '.join(absent)}." if absent else "",
+        how(rows),
         summaries(rows),
         lost(rows),
         failed(rows),
@@ -74,6 +75,15 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> Iterator[tuple[An
     place = {name: index for index, name in enumerate(dict.fromkeys(map(key, rows)))}
     for name, mine in groupby(sorted(rows, key=lambda row: place[key(row)]), key):
         yield name, list(mine)
+
+
+def how(rows: Sequence[Row]) -> str:
+    """How many rows were timed in which way: what graphs leave out, events count."""
+    found = [row for row in rows if row["us"] is not None]
+    ways = [f"{number} by {way}" for way, number in Counter(row["timed_by"] for row in found).items()]
+    warm = sum(row["cold"] is False for row in found)
+    told = f" In {warm} rows the cache may hold some of the inputs." if warm else ""
+    return f"Rows timed: {', '.join(ways)}.{told}" if ways else ""
 
 
 def summaries(rows: Sequence[Row]) -> str:

@@ -7,6 +7,8 @@ from bench import mnist_tables
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
+VERSIONS = ("python", "torch", "triton", "cuda", "cudnn", "driver")
+
 
 def repeat(folders: Sequence[Folder]) -> str:
     """The commands that give each kind of result."""
