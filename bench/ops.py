@@ -31,7 +31,6 @@ FOLLOWING = {"mnist": ("bn", "bn+sigmoid")}
 HEADLINES = ("bn", "bn+add+relu", "bn+sigmoid")  # before all other epilogues
 QUICK_SETS, QUICK_DTYPES = ("resnet50-256", "mnist"), ("bf16",)
 WALL_DTYPES = {"mnist": "fp32"}  # as it is trained; else bf16
-WALL_EPILOGUES = {"mnist": ("bn", "bn+sigmoid")}  # else plain and with ReLU
 
 
 class Unit(NamedTuple):
@@ -101,7 +100,8 @@ def measure_all(args: argparse.Namespace, chosen: Sequence[Provider], bench: Ben
     start = time.monotonic()
     results: dict[str, Any] = {"machine": bench.facts, "rows": [], "wall": [], "left_out": []}
     for problem in wall_problems(args):
-        names = [name for name in wall.PROVIDERS if name in {provider.name for provider in chosen}]
+        stages = {provider.name: provider.stage for provider in chosen}
+        names = [name for name in wall.PROVIDERS if name in stages and not (args.quick and stages[name])]
         results["wall"] += wall.wall_rows(problem, names, bench, wall.CALLS if bench.device.type == "cuda" else 2)
         fill_ratios(results["wall"])
         write_json(out, results)
@@ -137,9 +137,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def units(chosen: Iterator[Problem] | Sequence[Problem], providers: Sequence[Provider]) -> list[Unit]:
-    """What is measured, the most important first: by dtype, headlines, set, epilogue; compilers after all others.
+    """What is measured, the most important first: by dtype, headlines, set; within a set compilers after all others.
 
-    Within these, the layers that take most of a network's traffic. What tunes for long comes last for a dtype.
+    Then by epilogue and by the layers' share of the network's traffic. What tunes for long comes last for a dtype.
     """
     sets, dtypes, epilogues = [CUSTOM, *SETS], [*DTYPES], [*EPILOGUES]
     found = []
@@ -148,7 +148,7 @@ def units(chosen: Iterator[Problem] | Sequence[Problem], providers: Sequence[Pro
             mine = [p for p in providers if p.stage == stage and p.takes(problem)]
             order = (
                 dtypes.index(problem.dtype), stage == 2, problem.epilogue not in HEADLINES, sets.index(problem.set),
-                epilogues.index(problem.epilogue), stage, -problem.layer.count * problem.tensor_bytes,
+                stage, epilogues.index(problem.epilogue), -problem.layer.count * problem.tensor_bytes,
             )  # fmt: skip
             if mine:
                 found.append((order, Unit(problem, mine)))
@@ -157,11 +157,10 @@ def units(chosen: Iterator[Problem] | Sequence[Problem], providers: Sequence[Pro
 
 def wall_problems(args: argparse.Namespace) -> Iterator[Problem]:
     """The smallest layer of each set: there, launches are what is waited for."""
-    for name in args.set:
+    for name in ["mnist"] if args.quick else args.set:
         layer = min(SETS[name](), key=lambda layer: layer.numel)
-        layout = layouts_of(layer.shape)[0]
-        for epilogue in WALL_EPILOGUES.get(name, ("bn", "bn+relu")):
-            yield Problem(name, layer, layout, WALL_DTYPES.get(name, "bf16"), epilogue)
+        for epilogue in FOLLOWING.get(name, ("bn+relu",)):
+            yield Problem(name, layer, layouts_of(layer.shape)[0], WALL_DTYPES.get(name, "bf16"), epilogue)
 
 
 def introduce(facts: dict[str, Any]) -> None:
