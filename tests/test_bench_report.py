@@ -254,6 +254,7 @@ def broken(name: str, text: str, message: str, kind: str) -> Any:
         broken("ops.json", ops_text([{"us": 1}]), "rows[0]: expected cold, count,", "row"),
         broken("ops.json", '{"machine": {}, "rows": [], "wall": []}', "machine: expected commit", "machine"),
         broken("steps.json", "{}", "missing: steps", "steps"),
+        broken("steps.json", '{"steps": [{"name": "ops"}]}', "missing: commit, last_line, result, seconds", "step"),
     ],
 )
 def test_broken_file_is_named(

@@ -22,7 +22,13 @@ ROW = {
     "timed_by", "cold", "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
 }  # fmt: skip
 WALL = {"set", "shape", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high", "error"}
-ROWS = {"ops": {"rows": ROW, "wall": WALL}}
+ROWS = {
+    "ops": {"rows": ROW, "wall": WALL},
+    "overhead": {"rows": {"case", "launches", "us", "parts_us"}},
+    "steps": {"steps": {"name", "result", "seconds", "last_line", "commit"}},
+    "mnist": {"arms": {"arm", "seed", "steps", "steps_per_second", "images_per_second", "step_time_to_none",
+                       "test_accuracy", "steps_to_90"}},
+}  # fmt: skip
 
 
 class Folder(NamedTuple):

@@ -77,7 +77,7 @@ def overhead(folder: Folder) -> str:
     titles = {"torch": "torch", "before": "ours, before", "jit": "ours, launched by Triton's JIT", "ours": "ours"}
     lines, parts = [], []
     for row in content["rows"]:
-        figures = {**row["us"], "before": row["before"]}
+        figures = {**row["us"], "before": row.get("before")}
         lines.append((row["case"], row["launches"], *(quartiles(figures.get(name)) for name in titles)))
         if row["parts_us"]:
             parts.append((row["case"], *(f"{us:.1f}" for us in row["parts_us"].values())))
