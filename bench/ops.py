@@ -99,16 +99,23 @@ def measure_all(args: argparse.Namespace, chosen: Sequence[Provider], bench: Ben
     """The content of ops.json, which is written after every problem."""
     start = time.monotonic()
     results: dict[str, Any] = {"machine": bench.facts, "rows": [], "wall": [], "left_out": []}
+
+    def spent(problem: Problem, names: str) -> bool:
+        over = args.budget is not None and time.monotonic() - start > args.budget
+        if over:
+            results["left_out"].append(f"{problem.set} {problem.dtype} {problem.epilogue} ({names})")
+        return over
+
     for problem in wall_problems(args):
+        if spent(problem, "wall"):
+            continue
         stages = {provider.name: provider.stage for provider in chosen}
         names = [name for name in wall.PROVIDERS if name in stages and not (args.quick and stages[name])]
         results["wall"] += wall.wall_rows(problem, names, bench, wall.CALLS if bench.device.type == "cuda" else 2)
         fill_ratios(results["wall"])
         write_json(out, results)
     for problem, providers in units(problems(args), chosen):
-        if args.budget is not None and time.monotonic() - start > args.budget:
-            kind = f"{problem.set} {problem.dtype} {problem.epilogue}"
-            results["left_out"].append(f"{kind} ({', '.join(provider.name for provider in providers)})")
+        if spent(problem, ", ".join(provider.name for provider in providers)):
             continue
         for rows in rows_of(problem, providers, args.direction, bench):
             ops_tables.print_rows(rows)
