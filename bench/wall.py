@@ -15,7 +15,8 @@ from bench.summary import Row
 
 PROVIDERS = ("tritonbn", "eager", "compile")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "both")
-CALLS = 200
+CALLS = 200  # of one sample, on a GPU
+FEW_CALLS = 2
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "silu": nn.SiLU,
@@ -23,8 +24,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def wall_rows(problem: Problem, providers: Sequence[str], bench: Bench, calls: int = CALLS) -> list[Row]:
+def wall_rows(problem: Problem, providers: Sequence[str], bench: Bench) -> list[Row]:
     """A row per provider and direction, all taking turns: microseconds from one call to the next."""
+    calls = CALLS if bench.device.type == "cuda" else FEW_CALLS
     torch.compiler.reset()  # once: what is compiled below must stay
     rows, runs = [], []
     for name in providers:

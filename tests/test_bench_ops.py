@@ -120,7 +120,7 @@ def test_a_dead_gpu_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
 @with_kernels
 def test_eager_calls_of_modules_take_turns(bench: Bench) -> None:
     problem = Problem("mnist", Layer((6, 10), 3), "nc", "fp32", "bn+sigmoid")
-    found = wall.wall_rows(problem, ["tritonbn", "eager"], bench, calls=2)
+    found = wall.wall_rows(problem, ["tritonbn", "eager"], bench)
     assert [(row["provider"], row["direction"]) for row in found] == [
         ("tritonbn", "forward"), ("tritonbn", "both"), ("eager", "forward"), ("eager", "both"),
     ]  # fmt: skip
@@ -188,7 +188,7 @@ def test_a_spent_budget_leaves_out_and_says_so(tmp_path: Path, capsys: pytest.Ca
     code, found = run(tmp_path, *options)
     assert code == 0
     assert (found["rows"], found["wall"]) == ([], [])
-    assert found["left_out"] == ["resnet50-256 bf16 bn+relu (wall)"] + 24 * ["resnet50-256 bf16 bn (eager)"]
+    assert found["left_out"] == ["resnet50-256 bf16 bn+relu (eager calls)"] + 24 * ["resnet50-256 bf16 bn (eager)"]
     assert "left out, the budget was spent: resnet50-256 bf16 bn (eager), 24 problems" in capsys.readouterr().out
 
 

@@ -117,7 +117,7 @@ def test_a_graph_holds_enough_calls_and_is_replayed(pretend: Callable[..., Prete
     calls: list[int] = []
     found = measure(calls.append, 3, CUDA, least=1e-4, samples=5)
     assert found.timed_by == "graph"
-    assert cuda.replays == 1 + 5
+    assert cuda.replays > 5 + 1  # and some to warm up
     assert calls == [0, 1, 2] + [index % 3 for index in range(20)]  # warm-up; 2 ms of calls of 0.1 ms
     assert found.us == pytest.approx(4000 / 20, rel=0.5)
 
@@ -139,7 +139,8 @@ def test_what_cannot_be_captured_is_timed_eagerly(pretend: Callable[..., Pretend
 
     found = measure(call, 2, CUDA, least=1e-3, samples=3)
     assert (found.timed_by, cuda.replays) == ("events", 0)
-    assert len(calls) == 2 + 2 + 3 * 2
+    assert len(calls) > 2 + 3 * 2 + 2
+    assert calls[:6] == [0, 1, 0, 1, 0, 1]
     assert found.us > 1000
 
 
