@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ def module_for(provider: str, problem: Problem) -> nn.Module:
     if activation != "identity":
         module = nn.Sequential(module, ACTIVATIONS[activation]())
     if provider == "compile":
-        module.compile(fullgraph=True, dynamic=False)
+        module = cast(nn.Module, torch.compile(module, fullgraph=True, dynamic=False))
     return module
 
 

@@ -1,6 +1,7 @@
 """`python -m bench ops`: what it writes, in which order, and what becomes of failures; without a GPU, tiny."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from bench.timing import measuring
 from tritonbn import launch
 
 FACTS = {"device": "CPU", "torch": "2", "triton": "3", "commit": "c"}
+needs_compiler = pytest.mark.skipif(
+    not (torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler on the CPU",
+)
 TINY = Problem("tiny", Layer((4, 6, 5, 5), 3), "nchw", "bf16", "bn+add+relu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 with_kernels = pytest.mark.skipif(
@@ -126,6 +131,13 @@ def test_eager_calls_of_modules_take_turns(bench: Bench) -> None:
     ]  # fmt: skip
     assert all(row["timed_by"] == "wall" and row["us"] is not None and row["us"] > 0 for row in found)
     assert all(row["percent_of_floor"] is None and row["error"] is None for row in found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("epilogue", ["bn", "bn+sigmoid"])
+def test_eager_calls_of_compiled_modules(bench: Bench, epilogue: str) -> None:
+    found = wall.wall_rows(Problem("mnist", Layer((6, 10), 3), "nc", "fp32", epilogue), ["eager", "compile"], bench)
+    assert [(row["provider"], row["error"]) for row in found] == 2 * [("eager", None)] + 2 * [("compile", None)]
 
 
 @pytest.mark.parametrize("provider", ["tritonbn", "eager"])
