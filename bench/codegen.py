@@ -7,10 +7,10 @@ import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import gcd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from bench.shapes import shapes_of
 from tritonbn import launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
+from tritonbn.plan import Path as PlanPath
 from tritonbn.plan import Plan, forced
 
 TARGETS = {
@@ -76,7 +77,7 @@ class Launch(NamedTuple):
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    num_warps: int
+    options: tuple[tuple[str, Any], ...]
 
 
 class Case(NamedTuple):
@@ -114,6 +115,7 @@ def record(
     keep_bits = keeps_bits(residual, activation)
     needs_residual = residual if activation != IDENTITY and not keep_bits else None
     calls: list[tuple[Launch, Plan]] = []
+    bits: torch.Tensor | None = None
 
     def backward(training: bool, *wanted: bool) -> None:
         saved = launch.Saved(x, w, b, needs_residual, bits, None if epilogue.save_output else mean, var)
@@ -121,10 +123,10 @@ def record(
         launch.backward(x, saved, training, activation, parameter, (*wanted, with_residual))  # type: ignore[arg-type]
 
     with recording(calls):
-        own_path = launch.plan_for("forward", x).path
-        for path in ("split", "single") if own_path == "single" else ("split",):
-            with forced(path):
+        for path in get_args(PlanPath):
+            with forced(path), suppress(ValueError):  # not all paths can run all shapes
                 _, bits, _, _ = launch.forward(x, residual, w, b, mean, var, 0.1, 1e-5, activation, keep_bits)
+            with forced(path), suppress(ValueError):
                 backward(True, True, True, True)
         launch.inference(x, residual, w, b, mean, var, 1e-5, activation, keep_bits, keep=True)
         backward(False, True, True, True)
@@ -140,7 +142,9 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         values = dict(zip(kernel.arg_names, args, strict=False))
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
-        calls.append((Launch(kernel.__name__, signature, tuple(fixed.items()), plan.num_warps), plan))
+        calls.append(
+            (Launch(kernel.__name__, signature, tuple(fixed.items()), tuple(launch.options(plan).items())), plan)
+        )
 
     real = launch._launch
     launch._launch = note
@@ -170,7 +174,7 @@ def compile_for(recorded: Launch, target: str) -> dict[str, int | None]:
         constexprs={(at(name),): value for name, value in recorded.constants},
         attrs={(at(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")},
     )
-    options = launch.OPTIONS | {"num_warps": recorded.num_warps}
+    options = dict(recorded.options)
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -198,7 +202,7 @@ def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[
                 "spills": found["spills"], "shared_bytes": found["shared_bytes"], "load_bits": found["load_bits"],
                 "store_bits": found["store_bits"], "planned_bits": case.plan.access_bits,
                 "sample_bits": sample_bits(case),
-                "geometry": case.plan.geometry, "num_warps": case.launch.num_warps,
+                "geometry": case.plan.geometry, "num_warps": case.plan.num_warps,
             }  # fmt: skip
 
 

@@ -13,19 +13,33 @@ import triton
 from torch import Tensor
 
 from tritonbn.activations import IDENTITY, Activation
+from tritonbn.device import Device, described
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
+from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
-from tritonbn.plan import Device, Layout, Operation, Plan, make_plan
-from tritonbn.tickets import tickets
+from tritonbn.model import WARPS_PER_SM
+from tritonbn.plan import Layout, Operation, Plan, make_plan
+from tritonbn.tickets import semaphores, tickets
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
-# Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
-# register count of its own choosing; of all that there are, most split reductions still take 128: see `plan.py`.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
+def options(plan: Plan) -> dict[str, Any]:
+    """What Triton is told beside the kernel's constants."""
+    # Products and sums are fused in all kernels alike.
+    given: dict[str, Any] = {"num_warps": plan.num_warps, "enable_fp_fusion": True}
+    if not torch.version.hip:
+        # NVIDIA's assembler would rather spill a few values than exceed a register count of its own choosing; of all
+        # that there are for so many threads, most kernels still take 128. Cooperative ones must: they count on it.
+        warps = max(plan.num_warps, WARPS_PER_SM) if plan.cooperative else plan.num_warps
+        given["maxnreg"] = min(255, 65536 // (32 * warps))
+    if plan.cooperative:
+        given["launch_cooperative_grid"] = True
+    if plan.ctas > 1:
+        given["num_ctas"] = plan.ctas
+    return given
 
 
 class Saved(NamedTuple):
@@ -69,12 +83,16 @@ def forward(
     plan = plan_for("forward", x)
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vector(x), _vector(x)
-    if plan.path == "single":
+    operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
+    if plan.cooperative:
         _launch(
-            forward_kernel, (plan.groups,), plan,
-            x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var, *_sizes(plan), eps, momentum,
-            ACT=activation,
+            cooperative_forward_kernel, plan.grid, plan,
+            *operands, _workspace(x, plan, 3), semaphores(x, plan.slots, pooled), *_sizes(plan), plan.reduce_tiles,
+            plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
+        return y, bits, mean, rstd
+    if plan.launches == 1:
+        _launch(forward_kernel, (plan.groups,), plan, *operands, *_sizes(plan), eps, momentum, ACT=activation)
         return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
@@ -126,11 +144,17 @@ def backward(
     plan = plan_for("backward", x, activation.costly and bits is None)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
-    if plan.path == "single" and training and dx is not None:
+    outputs = dx, dresidual, dweight, dbias
+    operands = dy, x, residual, bits, *vectors
+    if plan.cooperative and training and dx is not None:
         _launch(
-            backward_kernel, (plan.groups,), plan,
-            dy, x, residual, bits, *vectors, dx, dresidual, dweight, dbias, *_sizes(plan), ACT=activation,
+            cooperative_backward_kernel, plan.grid, plan,
+            *operands, *outputs, _workspace(x, plan, 2), semaphores(x, plan.slots, pooled), *_sizes(plan),
+            plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
+        return gradients
+    if plan.launches == 1 and training and dx is not None:
+        _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
         return gradients
     sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if training and dx is not None else None
     if not (dweight is None and dbias is None and sums is None):
@@ -185,7 +209,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **consta
     x = args[0]
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else nullcontext():
-        kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, **OPTIONS)
+        kernel[grid](*args, T=plan.tile, **constants, **options(plan))
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
@@ -221,7 +245,12 @@ def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device()
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, properties.multi_processor_count)
+    clusters = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
+    if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
+        return Device(cooperative=device.type != "cpu", clusters=clusters)
+    p = torch.cuda.get_device_properties(device)
+    data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
+    nvidia = not torch.version.hip
+    return described(
+        p.name, p.multi_processor_count, getattr(p, "L2_cache_size", 0), data_sheet, nvidia, clusters and p.major >= 9
+    )
