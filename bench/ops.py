@@ -202,11 +202,12 @@ def introduce(facts: dict[str, Any]) -> None:
 
 def without_gpu(args: argparse.Namespace) -> int:
     """Plans and bytes instead of times."""
-    console.print("no GPU: nothing can be timed here. What would run on an H200, and the least it must move:\n")
+    text = "no GPU: nothing can be timed here. What would run on an H200, and the least it must move:\n"
+    console.print(text, soft_wrap=True)
     args.dtype, args.epilogue = args.dtype[:1], args.epilogue or ["bn"]
     preview.show(problems(args))
     console.print(
-        "\nus: of the floor, forward and backward, at the data sheet's bandwidth.\n"
+        "\nus: of the floor, forward and backward, at the bandwidth of a copy.\n"
         "What the compiler makes of the kernels: python -m bench codegen"
     )
     return 0

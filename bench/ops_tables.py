@@ -52,7 +52,10 @@ def print_summary(rows: Sequence[Row], wall: Sequence[Row]) -> None:
     for key, mine in groups.items():
         percent = number(weighted_percent(mine), ".0f")
         means.append([*key, percent, *(number(geometric_mean_ratio(mine, to), ".2f") for to in COMPARED)])
-    console.print("\nWeighted means of ours: share of the floor; times as fast as the best of torch eager, compiled")
+    title = (
+        "\nWeighted means of ours: share of the floor; times as fast as the best of torch eager, and of torch.compile"
+    )
+    console.print(title, soft_wrap=True)
     print_columns(means)
     print_lost(rows)
     if wall:

@@ -15,7 +15,7 @@ Call = Callable[[int], object]  # with the number of a slot; what it returns is 
 SAMPLES = 20
 # A sample is as long as this, by what the calls take at the least: starting a graph costs microseconds.
 SAMPLE_SECONDS = 2e-3
-WARM_SECONDS = 0.05
+WARM_SECONDS = 0.02
 MOST_CALLS = 1024  # of one sample: capturing a call takes some 0.1 ms
 COLD = 4  # inputs that take turns are together so many times the size of the L2 cache
 COPY_BYTES = 1 << 30

@@ -21,6 +21,7 @@ from bench.shapes import SETS, Layer
 from bench.summary import Row
 from bench.timing import measuring
 from tritonbn import launch
+from tritonbn.device import H200, KNOWN
 
 FACTS = {"device": "CPU", "torch": "2", "triton": "3", "commit": "c"}
 needs_compiler = pytest.mark.skipif(
@@ -240,8 +241,10 @@ def test_without_a_gpu_it_shows_plans(capsys: pytest.CaptureFixture[str]) -> Non
     assert len(lines) == 25
     largest = next(line for line in lines if line[1:4] == ["256x64x112x112", "1", "nchw"])
     megabytes = 256 * 64 * 112 * 112 * 2 / 1e6
-    assert [f"{2 * megabytes:.2f}", f"{3 * megabytes:.2f}"] == largest[-6:-4]
-    assert largest[-2] == f"{5 * megabytes * 1e6 / 4.8e12 * 1e6:.3g}"
+    assert [f"{2 * megabytes:.2f}", f"{3 * megabytes:.2f}"] == largest[-2 - len(KNOWN) : -len(KNOWN)]
+    heads = next(line.split("  ") for line in printed.splitlines() if line.startswith("set "))
+    h200 = [head.strip() for head in heads if head.strip()].index("us H200") - len([h for h in heads if h.strip()])
+    assert largest[h200] == f"{5 * megabytes * 1e6 / H200.bandwidth * 1e6:.3g}"
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "nc"])
