@@ -4,6 +4,7 @@ On each problem all providers get the same inputs, are checked against float64, 
 """
 
 import argparse
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from bench.problem import DIRECTIONS, DTYPES, EPILOGUES, LAYOUTS, Problem, layou
 from bench.providers import PROVIDERS, Provider
 from bench.rows import Bench, rows_of
 from bench.shapes import SETS, Layer, shape
-from bench.summary import OURS, fill_ratios
+from bench.summary import Row, failures, fill_ratios
 from bench.timing import SAMPLES, copy_bandwidth, l2_bytes, measuring
 from tritonbn.plan import Path as PlanPath
 
@@ -76,12 +77,11 @@ def run(args: argparse.Namespace) -> int:
         facts |= {"copy_gb_per_s": bench.bandwidth / 1e9, "l2_bytes": bench.l2_bytes, "peers_absent": absent}
         introduce(facts)
         results = measure_all(args, chosen, bench, out)
-    ops_tables.print_summary(results["rows"], results["wall"])
-    for text, number in Counter(results["left_out"]).items():
+    ops_tables.print_summary(results.rows, results.wall)
+    for text, number in Counter(results.left_out).items():
         console.print(f"left out, the budget was spent: {text}, {number} problems", soft_wrap=True)
     console.print(f"Written: {out}", soft_wrap=True)
-    failed = any(row["error"] for row in results["rows"] + results["wall"] if row["provider"] == OURS)
-    return 1 if failed else 0
+    return 1 if failures(results.rows + results.wall) else 0
 
 
 def defaults(args: argparse.Namespace) -> None:
@@ -95,27 +95,53 @@ def defaults(args: argparse.Namespace) -> None:
     args.provider = args.provider or [name for name, p in PROVIDERS.items() if not (args.quick and p.stage == 2)]
 
 
-def measure_all(args: argparse.Namespace, chosen: Sequence[Provider], bench: Bench, out: Path) -> dict[str, Any]:
-    """The content of ops.json, which is written after every problem."""
-    start = time.monotonic()
-    results: dict[str, Any] = {"machine": bench.facts, "rows": [], "wall": [], "left_out": []}
-    for problem in wall_problems(args):
-        stages = {provider.name: provider.stage for provider in chosen}
-        names = [name for name in wall.PROVIDERS if name in stages and not (args.quick and stages[name])]
-        results["wall"] += wall.wall_rows(problem, names, bench, wall.CALLS if bench.device.type == "cuda" else 2)
-        fill_ratios(results["wall"])
-        write_json(out, results)
-    for problem, providers in units(problems(args), chosen):
-        if args.budget is not None and time.monotonic() - start > args.budget:
-            kind = f"{problem.set} {problem.dtype} {problem.epilogue}"
-            results["left_out"].append(f"{kind} ({', '.join(provider.name for provider in providers)})")
-            continue
-        for rows in rows_of(problem, providers, args.direction, bench):
-            ops_tables.print_rows(rows)
-            results["rows"] += rows
-        fill_ratios(results["rows"])
-        write_json(out, results)
-    write_json(out, results)
+class Results:
+    """The content of ops.json, written as it grows: a kill loses next to nothing."""
+
+    def __init__(self, facts: dict[str, Any], out: Path) -> None:
+        self.facts, self.out = facts, out
+        self.rows: list[Row] = []
+        self.wall: list[Row] = []
+        self.left_out: list[str] = []
+        self._next_write = 0.0
+
+    def write(self) -> None:
+        fill_ratios(self.rows)
+        fill_ratios(self.wall)
+        content = {"machine": self.facts, "rows": self.rows, "wall": self.wall, "left_out": self.left_out}
+        write_json(self.out, content)
+
+    def write_if_cheap(self) -> None:
+        """Unless writing would take more than a twentieth of the time."""
+        start = time.monotonic()
+        if start >= self._next_write:
+            self.write()
+            self._next_write = time.monotonic() + 20 * (time.monotonic() - start)
+
+
+def measure_all(args: argparse.Namespace, chosen: Sequence[Provider], bench: Bench, out: Path) -> Results:
+    """Eager calls first, then all units in their order, until the budget is spent."""
+    results = Results(bench.facts, out)
+    deadline = time.monotonic() + (math.inf if args.budget is None else args.budget)
+    stages = {provider.name: provider.stage for provider in chosen}
+    called = [name for name in wall.PROVIDERS if name in stages and not (args.quick and stages[name])]
+    try:
+        for problem in wall_problems(args):
+            if time.monotonic() < deadline:
+                results.wall += wall.wall_rows(problem, called, bench)
+                results.write_if_cheap()
+            else:
+                results.left_out.append(f"{problem.kind} (eager calls)")
+        for problem, providers in units(problems(args), chosen):
+            if time.monotonic() < deadline:
+                for rows in rows_of(problem, providers, args.direction, bench):
+                    ops_tables.print_rows(rows)
+                    results.rows += rows
+                results.write_if_cheap()
+            else:
+                results.left_out.append(f"{problem.kind} ({', '.join(provider.name for provider in providers)})")
+    finally:
+        results.write()
     return results
 
 
@@ -176,11 +202,12 @@ def introduce(facts: dict[str, Any]) -> None:
 
 def without_gpu(args: argparse.Namespace) -> int:
     """Plans and bytes instead of times."""
-    console.print("no GPU: nothing can be timed here. What would run on an H200, and the least it must move:\n")
+    text = "no GPU: nothing can be timed here. What would run on an H200, and the least it must move:\n"
+    console.print(text, soft_wrap=True)
     args.dtype, args.epilogue = args.dtype[:1], args.epilogue or ["bn"]
     preview.show(problems(args))
     console.print(
-        "\nus: of the floor, forward and backward, at the data sheet's bandwidth.\n"
+        "\nus: of the floor, forward and backward, at the bandwidth of a copy.\n"
         "What the compiler makes of the kernels: python -m bench codegen"
     )
     return 0

@@ -11,6 +11,7 @@ from bench.summary import (
     geometric_mean_ratio,
     group,
     losses,
+    problem,
     ratios,
     targets,
     weighted_percent,
@@ -29,8 +30,9 @@ def print_rows(rows: Sequence[Row]) -> None:
             continue
         percent = row["percent_of_floor"]
         share = "" if percent is None else f" ({percent:.0f}%)"
-        by = "" if row["timed_by"] in ("graph", "wall") else f" by {row['timed_by']}"
-        cells.append(f"{row['direction']} {row['us']:.1f} us{share}{by}")
+        by = " by events" if row["timed_by"] == "events" else ""
+        cached = " in cache" if row["cold"] is False else ""
+        cells.append(f"{row['direction']} {row['us']:.1f} us{share}{cached}{by}")
     if len({row["error"] for row in rows}) == 1 and rows[0]["error"]:
         cells = [rows[0]["error"]]
     console.print(f"{name(rows[0])}  {rows[0]['provider']}: {', '.join(cells)}", soft_wrap=True)
@@ -50,7 +52,10 @@ def print_summary(rows: Sequence[Row], wall: Sequence[Row]) -> None:
     for key, mine in groups.items():
         percent = number(weighted_percent(mine), ".0f")
         means.append([*key, percent, *(number(geometric_mean_ratio(mine, to), ".2f") for to in COMPARED)])
-    console.print("\nWeighted means of ours: share of the floor; times as fast as the best of torch eager, compiled")
+    title = (
+        "\nWeighted means of ours: share of the floor; times as fast as the best of torch eager, and of torch.compile"
+    )
+    console.print(title, soft_wrap=True)
     print_columns(means)
     print_lost(rows)
     if wall:
@@ -68,12 +73,14 @@ def print_lost(rows: Sequence[Row]) -> None:
     console.print(
         f"\n{len(lost)} of {compared} rows lost to the best peer, {len(failed)} of ours failed", soft_wrap=True
     )
+    first: dict[tuple[object, ...], Row] = {}
+    for row in sorted((r for r in rows if r["us"] is not None and r["provider"] != OURS), key=lambda r: r["us"] or 0.0):
+        first.setdefault(problem(row), row)
     for row in lost:
-        peers = [r for r in rows if r["us"] is not None and name(r) == name(row) and r["direction"] == row["direction"]]
-        first = min((r for r in peers if r["provider"] != OURS), key=lambda r: r["us"] or 0.0)
+        peer = first[problem(row)]
         console.print(
             f"  {name(row)} {row['direction']}: {row['ratio_to_best_peer']:.2f}x, {row['us']:.1f} us, "
-            f"{first['provider']} {first['us']:.1f} us, path {row['path']}",
+            f"{peer['provider']} {peer['us']:.1f} us, path {row['path']}",
             soft_wrap=True,
         )
     for row in failed:

@@ -50,6 +50,11 @@ class Problem:
     epilogue: str
 
     @property
+    def kind(self) -> str:
+        """What it shares with the other layers of its set."""
+        return f"{self.set} {self.dtype} {self.epilogue}"
+
+    @property
     def memory_format(self) -> torch.memory_format:
         return CHANNELS_LAST[len(self.layer.shape)] if self.layout == "channels_last" else torch.contiguous_format
 

@@ -15,6 +15,7 @@ Call = Callable[[int], object]  # with the number of a slot; what it returns is 
 SAMPLES = 20
 # A sample is as long as this, by what the calls take at the least: starting a graph costs microseconds.
 SAMPLE_SECONDS = 2e-3
+WARM_SECONDS = 0.02
 MOST_CALLS = 1024  # of one sample: capturing a call takes some 0.1 ms
 COLD = 4  # inputs that take turns are together so many times the size of the L2 cache
 COPY_BYTES = 1 << 30
@@ -67,11 +68,17 @@ def measure(call: Call, slots: int, device: torch.device, least: float, samples:
     rotate(min(slots, 3))
     torch.cuda.synchronize(device)
     graph = captured(lambda: rotate(calls))
-    if graph is not None:
-        graph.replay()
-        return timing(by_events(graph.replay, samples), calls, "graph")
-    rotate(slots)
-    return timing(by_events(lambda: rotate(calls), samples), calls, "events")
+    run, timed_by = (lambda: rotate(calls), "events") if graph is None else (graph.replay, "graph")
+    warm_up(run)
+    return timing(by_events(run, samples), calls, timed_by)
+
+
+def warm_up(run: Callable[[], object]) -> None:
+    """Until the clocks of an idle GPU are up."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_SECONDS:
+        run()
+        torch.cuda.synchronize()
 
 
 def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

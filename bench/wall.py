@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from bench.summary import Row
 
 PROVIDERS = ("tritonbn", "eager", "compile")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "both")
-CALLS = 200
+CALLS = 200  # of one sample, on a GPU
+FEW_CALLS = 2
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "silu": nn.SiLU,
@@ -23,8 +24,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def wall_rows(problem: Problem, providers: Sequence[str], bench: Bench, calls: int = CALLS) -> list[Row]:
+def wall_rows(problem: Problem, providers: Sequence[str], bench: Bench) -> list[Row]:
     """A row per provider and direction, all taking turns: microseconds from one call to the next."""
+    calls = CALLS if bench.device.type == "cuda" else FEW_CALLS
     torch.compiler.reset()  # once: what is compiled below must stay
     rows, runs = [], []
     for name in providers:
@@ -63,7 +65,7 @@ def module_for(provider: str, problem: Problem) -> nn.Module:
     if activation != "identity":
         module = nn.Sequential(module, ACTIVATIONS[activation]())
     if provider == "compile":
-        module.compile(fullgraph=True, dynamic=False)
+        module = cast(nn.Module, torch.compile(module, fullgraph=True, dynamic=False))
     return module
 
 
