@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files further right.
 ORDER = [
     "__init__",
+    "tuning",
+    "timing",
+    "explain",
+    "layers",
     "swap",
     "report",
     "fold",

@@ -19,9 +19,9 @@ from bench.providers import PROVIDERS, Provider, eager_operation
 from bench.rows import Bench, rows_of
 from bench.shapes import SETS, Layer
 from bench.summary import Row
-from bench.timing import measuring
 from tritonbn import launch
 from tritonbn.device import H200, KNOWN
+from tritonbn.timing import measuring
 
 FACTS = {"device": "CPU", "torch": "2", "triton": "3", "commit": "c"}
 needs_compiler = pytest.mark.skipif(

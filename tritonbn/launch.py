@@ -13,13 +13,14 @@ import triton
 from torch import Tensor
 
 from tritonbn.activations import IDENTITY, Activation
+from tritonbn.choice import Problem
 from tritonbn.device import Device, described
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
 from tritonbn.model import WARPS_PER_SM
-from tritonbn.plan import Layout, Operation, Plan, make_plan
+from tritonbn.plan import Operation, Plan, make_plan
 from tritonbn.tickets import semaphores, tickets
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
@@ -195,13 +196,18 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
-    """The plan of `operation` for dense x, see `make_plan`."""
+    """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it."""
+    tuned = not torch.are_deterministic_algorithms_enabled()
+    return make_plan(*problem_of(operation, x, costly)[:4], _device(x.device), costly, tuned)
+
+
+def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:
+    """`operation` on dense x, as plans are made for it."""
     N, C = x.shape[0], x.shape[1]
     S = x.numel() // (N * C)
-    layout: Layout = "planes"
     if S == 1 or memory_format_of(x) is not torch.contiguous_format:
-        layout, N, S = "rows", N * S, 1
-    return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device), costly)
+        return Problem(operation, "rows", (N * S, C, 1), x.element_size(), costly)
+    return Problem(operation, "planes", (N, C, S), x.element_size(), costly)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import timing
-from bench.timing import measure, slots_for
+from tritonbn import timing
+from tritonbn.timing import measure, slots_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -56,7 +56,7 @@ def test_outputs_of_other_slots_are_kept() -> None:
 
 
 class Pretended:
-    """torch.cuda as `bench.timing` sees it: the work runs at once, a graph replays it, events read a clock."""
+    """torch.cuda as `tritonbn.timing` sees it: the work runs at once, a graph replays it, events read a clock."""
 
     def __init__(self, refuse: Exception | None = None) -> None:
         self.refuse = refuse
