@@ -11,6 +11,7 @@ from bench.errors import BenchError
 SUBJECTS = {
     "mnist": "train the paper's MNIST network without batch norm, with torch's and with ours",
     "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
+    "overhead": "what a call costs on the CPU, launch by launch; needs no GPU",
     "gpu": "the tests and benchmarks that need a GPU, each with a log and a time limit",
 }
 
