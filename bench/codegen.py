@@ -23,7 +23,7 @@ from bench.console import console
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.mnist import positive
-from tritonbn import launch
+from tritonbn import handles, launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.plan import Plan, forced
@@ -95,6 +95,7 @@ class Launch(NamedTuple):
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
+    num_ctas: int = 1
 
 
 class Case(NamedTuple):
@@ -158,7 +159,7 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         values = dict(zip(kernel.arg_names, args, strict=False))
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
-        calls.append((Launch(kernel.__name__, signature, tuple(fixed.items()), plan.num_warps), plan))
+        calls.append((Launch(kernel.__name__, signature, tuple(fixed.items()), *_size(plan)), plan))
 
     real = launch._launch
     launch._launch = note
@@ -166,6 +167,11 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         yield
     finally:
         launch._launch = real
+
+
+def _size(plan: Plan) -> tuple[int, int]:
+    """Warps of a block, blocks of a program."""
+    return plan.num_warps, getattr(plan, "ctas", 1)
 
 
 def _kind(value: torch.Tensor | float | int) -> str:
@@ -188,7 +194,7 @@ def compile_for(recorded: Launch, target: str) -> dict[str, int | None]:
         constexprs={(at(name),): value for name, value in recorded.constants},
         attrs={(at(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")},
     )
-    options = launch.OPTIONS | {"num_warps": recorded.num_warps}
+    options = handles.options(recorded.num_warps, recorded.num_ctas)
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)
     compiled = triton.compile(source, target=TARGETS[target], options=options)

@@ -24,7 +24,7 @@ from bench.measure import Quartiles, machine, pick_device, quartiles, synchroniz
 from bench.mnist import positive
 from bench.report import uncut
 from bench.stub import StubDriver, stubbed
-from tritonbn import launch
+from tritonbn import handles, launch
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
 
@@ -101,7 +101,7 @@ CASES = [
 
 def by_jit(kernel: Any, grid: tuple[int, ...], plan: Any, *args: Any, **constants: Any) -> None:
     """A launch as Triton does it."""
-    kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, **launch.OPTIONS)
+    kernel[grid](*args, T=plan.tile, **constants, **handles.options(plan.num_warps))
 
 
 def nothing(kernel: Any, grid: tuple[int, ...], plan: Any, *args: Any, **constants: Any) -> None:

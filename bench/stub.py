@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.errors import BenchError
-from tritonbn import launch
+from tritonbn import handles, launch
 
 # Of an H100: what Triton asks of a device before it loads a kernel.
 PROPERTIES = {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
@@ -69,12 +69,14 @@ def stubbed() -> Iterator[StubDriver]:
     """
     if launch.INTERPRETED:
         raise BenchError("launches are compiled ones: unset TRITON_INTERPRET")
-    active = triton.runtime.driver._active
+    real = dict(vars(triton.runtime.driver))
     stub = StubDriver()
+    handles.forget()
     triton.runtime.driver.set_active(stub)
     launch.INTERPRETED = True  # what lets CPU tensors in
     try:
         yield stub
     finally:
         launch.INTERPRETED = False
-        triton.runtime.driver._active = active
+        vars(triton.runtime.driver).update(real)
+        handles.forget()

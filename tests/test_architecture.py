@@ -30,6 +30,8 @@ ORDER = [
     "operators",
     "autograd",
     "launch",
+    "handles",
+    "occupancy",
     "reference",
     "activations",
     "tickets",

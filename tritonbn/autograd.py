@@ -32,12 +32,18 @@ def batch_norm(
     save_output: bool = False,
 ) -> Tensor:
     """y of x and residual [N, C, ...], weight and bias [C]; the running statistics are updated in place in training."""
-    x = dense(x)
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
     if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format_of(x))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        residual = residual.contiguous(memory_format=memory_format)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
         save_output = save_output and recoverable(x, weight, bias, given.activation)
-        y: Tensor = BatchNorm.apply(x, weight, bias, residual, given, save_output)  # type: ignore[no-untyped-call]
+        y: Tensor = _record(x, weight, bias, residual, given, save_output, memory_format)
         return y
     return forward(x, weight, bias, residual, given)[0]
 
@@ -84,24 +90,29 @@ def forward(
     pooled: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(y, bits, mean, rstd) of dense x and residual; in evaluation mean and rstd only if `keep`."""
-    weight, bias, mean, var = (
-        None if v is None else v.contiguous() for v in (weight, bias, given.running_mean, given.running_var)
-    )
-    tensors = x, residual, weight, bias
-    epilogue = given.activation, keep_bits
-    if given.training:
-        results = launch.forward(*tensors, mean, var, given.momentum, given.eps, *epilogue, pooled)
-        _bring_back(given.running_mean, mean)
-        _bring_back(given.running_var, var)
+    mean, var, training, momentum, eps, activation = given
+    weight, bias, mean, var = _contiguous(weight), _contiguous(bias), _contiguous(mean), _contiguous(var)
+    if training:
+        results = launch.forward(
+            x, residual, weight, bias, mean, var, momentum, eps, activation, keep_bits, pooled
+        )  # fmt: skip
+        if mean is not given.running_mean:
+            _bring_back(given.running_mean, mean)
+        if var is not given.running_var:
+            _bring_back(given.running_var, var)
         return results
     assert mean is not None
     assert var is not None
-    return launch.inference(*tensors, mean, var, given.eps, *epilogue, keep)
+    return launch.inference(x, residual, weight, bias, mean, var, eps, activation, keep_bits, keep)
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
 
 
 def _bring_back(statistics: Tensor | None, updated: Tensor | None) -> None:
     """Copy updated statistics to the strided tensor they were copied from."""
-    if statistics is not None and updated is not None and statistics is not updated:
+    if statistics is not None and updated is not None:
         copy_without_version(statistics, updated)
 
 
@@ -198,6 +209,7 @@ class BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         given: Forward,
         save_output: bool,
+        memory_format: torch.memory_format,
     ) -> Tensor:
         activation = given.activation
         keep_bits = keeps_bits(residual, activation)
@@ -208,7 +220,7 @@ class BatchNorm(torch.autograd.Function):
         # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
         saved = (y if save_output else x, weight, kept_bias, kept_residual, bits, None if save_output else mean, rstd)
         ctx.save_for_backward(*saved, given.running_mean, given.running_var)
-        ctx.eps, ctx.memory_format = given.eps, memory_format_of(x)
+        ctx.eps, ctx.memory_format = given.eps, memory_format
         ctx.constants = given.training, activation, parameter_dtype(x, weight, bias)
         return y
 
@@ -217,11 +229,15 @@ class BatchNorm(torch.autograd.Function):
         saved = unpacked(ctx.saved_tensors[:7], ctx.memory_format)
         constants = *ctx.constants, ctx.needs_input_grad[:4]
         if not torch.is_grad_enabled():
-            return *backward(dy, saved, *constants), None, None
+            return *backward(dy, saved, *constants), None, None, None
         if saved.mean is None:
             raise RuntimeError("save='output' supports first derivatives only, but got create_graph=True")
         gradients = BatchNormBackward.apply(dy, *saved, ctx.eps, constants)  # type: ignore[no-untyped-call]
-        return *gradients, None, None
+        return *gradients, None, None, None
+
+
+# `BatchNorm.apply` without what it does for torch.func, whose tensors `functional` does not let in.
+_record: Any = super(torch.autograd.Function, BatchNorm).apply
 
 
 class BatchNormBackward(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Batch normalization as a function: `torch.nn.functional.batch_norm` with an activation and a residual."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -8,13 +8,18 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
-from tritonbn.activations import Activation, ActivationLike, resolve
+from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
 from tritonbn.plan import fits
 
 Save = Literal["input", "output"]
 
 _SAVES = get_args(Save)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = (float, int)
+_TYPES = frozenset((Tensor, Parameter, type(None)))
+# Verdicts of `_fit`; all are forgotten when there are too many, of shapes that never repeat.
+_verdicts: dict[tuple[Any, ...], bool] = {}
+_MOST_VERDICTS = 4096
 
 
 def batch_norm(
@@ -76,8 +81,9 @@ def batch_norm(
             activation=activation, residual=residual, save=save,
         )  # fmt: skip
         return result
-    act = resolve(activation)
-    check_epilogue(input, residual, act, save)
+    act = IDENTITY if activation is None else resolve(activation)
+    if residual is not None or save != "input":
+        check_epilogue(input, residual, act, save)
     if not _takes_kernels(input, running_mean, running_var, weight, bias, residual, training, momentum, eps):
         if training and _on_several_devices(*tensors):  # torch writes the statistics before it refuses
             running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
@@ -132,27 +138,68 @@ def _takes_kernels(
         return False
     if torch.compiler.is_exporting():  # the program must run where we are not installed
         return False
+    if type(training) is not bool or type(momentum) not in _NUMBERS or type(eps) not in _NUMBERS:
+        return False
+    if not (eps > 0 or (eps == 0 and not training)):
+        return False
+    if torch.compiler.is_compiling():
+        fit = _fit(x, running_mean, running_var, weight, bias, residual, training)
+    else:
+        tensors = x, running_mean, running_var, weight, bias, residual
+        fit = _is_plain(*tensors) and _fit_as_before(*tensors, training)
+    if not fit or not torch.is_grad_enabled():
+        return fit
+    return not (
+        (running_mean is not None and running_mean.requires_grad)
+        or (running_var is not None and running_var.requires_grad)
+    )
+
+
+def _fit_as_before(x: Tensor, *others: Any) -> bool:
+    """`_fit`, found out once for tensors of these shapes, strides, dtypes and devices."""
+    key: list[Any] = []
+    try:
+        for t in (x, *others[:-1]):
+            if t is None:
+                key.append(None)
+            else:
+                key += t.shape, t.stride(), t.dtype, t.device
+    except RuntimeError:  # no strides, or no shape: sparse, nested
+        return False
+    known = (*key, others[-1])
+    fit = _verdicts.get(known)
+    if fit is None:
+        if len(_verdicts) >= _MOST_VERDICTS:
+            _verdicts.clear()
+        fit = _verdicts[known] = _fit(x, *others)
+    return fit
+
+
+def _fit(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+) -> bool:
+    """Whether shapes, strides, dtypes and devices are those that the kernels take."""
     numel = x.numel()
     if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
         return False
     N, C = x.shape[0], x.shape[1]
     if not fits(N, C, numel // (N * C)):
         return False
-    if type(training) is not bool or type(momentum) not in (float, int) or type(eps) not in (float, int):
-        return False
     if training:
-        if numel == C or not eps > 0 or (running_mean is None) != (running_var is None):
+        if numel == C or (running_mean is None) != (running_var is None):
             return False
-    elif running_mean is None or running_var is None or not eps >= 0:
+    elif running_mean is None or running_var is None:
         return False
     if not _vectors_fit(x, C, running_mean, running_var, weight, bias) or not _residual_fits(x, residual):
         return False
     statistics = [s for s in (running_mean, running_var) if s is not None]
-    if torch.is_grad_enabled() and any(s.requires_grad for s in statistics):
-        return False
-    if C > 1 and any(s.stride(0) == 0 for s in statistics):  # expanded: updates would meet in one place
-        return False
-    return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias, residual)
+    return C == 1 or all(s.stride(0) != 0 for s in statistics)  # expanded: updates would meet in one place
 
 
 def _residual_fits(x: Tensor, residual: Tensor | None) -> bool:
@@ -183,12 +230,17 @@ def _on_several_devices(*tensors: Tensor | None) -> bool:
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing must see each operation: no subclass, lazy negation, transform, forward derivative or trace.
 
-    Nor tensors of inference mode that autograd would have to save: torch refuses those before it writes anything.
+    Nor what a transform left behind, nor tensors of inference mode that autograd would have to save: torch refuses
+    those before it writes anything.
     """
-    return (
-        all(t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors)
-        and not (torch.is_grad_enabled() and any(t is not None and t.is_inference() for t in tensors))
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+    if not _TYPES.issuperset(map(type, tensors)):
+        return False
+    given = [t for t in tensors if t is not None]
+    return not (
+        True in map(Tensor.is_neg, given)
+        or True in map(torch._C._functorch.is_functorch_wrapped_tensor, given)
+        or (torch.is_grad_enabled() and True in map(Tensor.is_inference, given))
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )

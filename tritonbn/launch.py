@@ -1,10 +1,9 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. `pooled` is whether tickets may be kept from call to call, see `tickets.py`.
+dy are laid out as x. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`.
 """
 
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,20 +11,17 @@ import torch
 import triton
 from torch import Tensor
 
+from tritonbn import handles
+from tritonbn import plan as plans
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
 from tritonbn.plan import Device, Layout, Operation, Plan, make_plan
-from tritonbn.tickets import tickets
+from tritonbn.tickets import scratch
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-
-
-# Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
-# register count of its own choosing; of all that there are, most split reductions still take 128: see `plan.py`.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
 class Saved(NamedTuple):
@@ -68,7 +64,7 @@ def forward(
     """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
     plan = plan_for("forward", x)
     y, bits = _output(x, plan, keep_bits)
-    mean, rstd = _vector(x), _vector(x)
+    mean, rstd = _vectors(x)
     if plan.path == "single":
         _launch(
             forward_kernel, (plan.groups,), plan,
@@ -78,7 +74,7 @@ def forward(
         return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
-        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), tickets(x, plan.groups, pooled),
+        x, mean, rstd, running_mean, running_var, *_scratch(x, plan, 3, pooled),
         *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
@@ -103,7 +99,7 @@ def inference(
     """(y, bits, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
     plan = plan_for("inference", x)
     y, bits = _output(x, plan, keep_bits)
-    mean, rstd = (_vector(x), _vector(x)) if keep else (None, None)
+    mean, rstd = _vectors(x) if keep else (None, None)
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
         x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *_sizes(plan), plan.apply_tiles,
@@ -137,7 +133,7 @@ def backward(
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
             dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
-            _workspace(x, plan, 2), tickets(x, plan.groups, pooled), *_sizes(plan), plan.reduce_tiles,
+            *_scratch(x, plan, 2, pooled), *_sizes(plan), plan.reduce_tiles,
             ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
         if sums is None:
@@ -170,8 +166,22 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
+# Plans by what they follow from: finding one in `make_plan` takes several times as long as a launch.
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
 def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
     """The plan of `operation` for dense x, see `make_plan`."""
+    key = operation, x.shape, x.stride(), x.dtype, x.device, costly, _epoch()
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= handles.LIMIT:
+            _plans.clear()
+        plan = _plans[key] = _plan(operation, x, costly)
+    return plan
+
+
+def _plan(operation: Operation, x: Tensor, costly: bool) -> Plan:
     N, C = x.shape[0], x.shape[1]
     S = x.numel() // (N * C)
     layout: Layout = "planes"
@@ -180,12 +190,28 @@ def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
     return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device), costly)
 
 
+def _epoch() -> object:
+    """What changes when plans do."""
+    return plans._forced.path, plans._forced.splits
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
     """The one place where a kernel starts: on the device of its first argument."""
-    x = args[0]
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else nullcontext():
-        kernel[grid](*args, T=plan.tile, **constants, num_warps=plan.num_warps, **OPTIONS)
+    device = args[0].get_device()
+    if device < 0 or device == torch.cuda.current_device():
+        handles.start(kernel, grid, plan, device, args, constants)
+    else:
+        with torch.cuda.device(device):
+            handles.start(kernel, grid, plan, device, args, constants)
+
+
+def fits_at_once(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> bool:
+    """Whether all programs of this `_launch` are resident together, as cooperative ones must be; compiles if needed."""
+    device = args[0].get_device()
+    if device < 0 or device == torch.cuda.current_device():
+        return handles.fits_at_once(kernel, grid, plan, device, args, constants)
+    with torch.cuda.device(device):
+        return handles.fits_at_once(kernel, grid, plan, device, args, constants)
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
@@ -199,9 +225,10 @@ def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | No
     return y, torch.empty(plan.bit_bytes, dtype=torch.uint8, device=x.device) if keep_bits else None
 
 
-def _vector(x: Tensor) -> Tensor:
-    """[C] in the dtype of the arithmetic on x."""
-    return torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
+def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and rstd [C] in the dtype of the arithmetic on x."""
+    mean = torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
+    return mean, torch.empty_like(mean)
 
 
 def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
@@ -214,9 +241,9 @@ def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradi
     return Gradients(like_x(wanted[0]), vector(wanted[1]), vector(wanted[2]), like_x(wanted[3]))
 
 
-def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
-    """Partial results [P, values, C]; from the caching allocator, which keeps streams apart."""
-    return torch.empty((plan.splits, values, x.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
+def _scratch(x: Tensor, plan: Plan, values: int, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Room for partial results [P, values, C] in the dtype of the arithmetic on x, and tickets [groups]."""
+    return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), plan.groups, pooled)
 
 
 @lru_cache(maxsize=64)

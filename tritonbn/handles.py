@@ -1,0 +1,200 @@
+"""Compiled kernels, kept: a launch by Triton's JIT costs Python some ten microseconds each time, a kept one two.
+
+The first launch of a kind is Triton's own and leaves its compiled kernel here. Later ones hand it the same arguments as
+Triton does, tensors as addresses, and check nothing: what Triton compiles for is in the key, all of it. Triton's own
+launch is taken wherever that is not enough: with hooks of profilers, in the interpreter, on AMD (where Triton compiles
+for the sizes of tensors too), and for a compiled kernel of a make that is not known.
+"""
+
+import re
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from tritonbn.occupancy import resident_programs
+from tritonbn.plan import Plan
+
+# Entries, one for each kernel, plan and sort of arguments; beyond it (shapes that never repeat) all are forgotten.
+LIMIT = 4096
+# 32-bit registers of an SM; no program may want more, and no thread more than 255.
+REGISTERS = 1 << 16
+
+Key = tuple[Any, ...]
+
+
+class Kernel(NamedTuple):
+    """What is known of a kernel: its tensors come first, then sizes, then floating-point numbers, then constants."""
+
+    jit: Any  # kept, so that its id remains its own
+    sizes: int  # index of the first size: names of tensors end in _ptr
+    numbers: int  # index of the first number: its type is given
+
+
+class Handle(NamedTuple):
+    """A compiled kernel on its device, and how it is launched."""
+
+    plan: Plan  # kept, so that its id, which is in the key, remains its own
+    run: Any  # (grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments)
+    function: int
+    metadata: Any
+    constants: tuple[Any, ...]  # the arguments after those that change, in the kernel's order
+
+
+_kernels: dict[int, Kernel] = {}
+_handles: dict[Key, Handle] = {}
+_fitting: dict[Key, tuple[bool, Plan]] = {}
+
+
+def forget() -> None:
+    """Drop all handles, as after a change of Triton's driver or settings."""
+    _handles.clear()
+    _fitting.clear()
+
+
+def options(num_warps: int, num_ctas: int = 1, cooperative: bool = False) -> dict[str, Any]:
+    """What Triton is told beside the arguments.
+
+    Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
+    register count of its own choosing; of all that there are, most split reductions still take 128: see `plan.py`.
+    """
+    found: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if not torch.version.hip:
+        found["maxnreg"] = min(255, REGISTERS // (32 * num_warps))
+    if num_ctas > 1:
+        found["num_ctas"] = num_ctas
+    if cooperative:
+        found["launch_cooperative_grid"] = True
+    return found
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """Launch `kernel` on the current device, whose index is `device`; args: tensors, None and numbers, in its order.
+
+    constants: its compile-time arguments beside T, which is the plan's tile.
+    """
+    if not _direct(kernel):
+        kernel[grid](*args, **_keywords(plan, constants))
+        return
+    key, values = _key(kernel, plan, device, args, constants)
+    handle = _handles.get(key)
+    if handle is None:
+        compiled = kernel[grid](*args, **_keywords(plan, constants))
+        _keep(key, kernel, plan, compiled, args, constants)
+        return
+    _, run, function, metadata, fixed = handle
+    y = grid[1] if len(grid) > 1 else 1
+    z = grid[2] if len(grid) > 2 else 1
+    stream = driver.active.get_current_stream(device)
+    run(grid[0], y, z, stream, function, metadata, None, None, None, *values, *fixed)
+
+
+def fits_at_once(
+    kernel: Any, grid: tuple[int, ...], plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
+) -> bool:
+    """Whether all programs of the launch are resident together, as a cooperative one must be; compiles if needed.
+
+    False where it is not known: in the interpreter, which runs programs one after the other, and on AMD.
+    """
+    if not isinstance(kernel, triton.JITFunction) or torch.version.hip:
+        return False
+    key = *_key(kernel, plan, device, args, constants)[0], grid
+    known = _fitting.get(key)
+    if known is None:
+        compiled = kernel.warmup(*args, grid=grid, **_keywords(plan, constants))
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        compiled.run  # noqa: B018  # loads it: registers are known then
+        at_once = resident_programs(
+            compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps, compiled.metadata.num_ctas,
+            torch.cuda.get_device_properties(device),
+        )  # fmt: skip
+        if len(_fitting) >= LIMIT:
+            _fitting.clear()
+        known = _fitting[key] = prod(grid) <= at_once, plan
+    return known[0]
+
+
+def _direct(kernel: Any) -> bool:
+    """Whether a kept handle does all that Triton's own launch would."""
+    if type(kernel) is not triton.JITFunction or kernel.pre_run_hooks or torch.version.hip:
+        return False
+    runtime = knobs.runtime
+    return not (_watched(runtime.launch_enter_hook) or _watched(runtime.launch_exit_hook))
+
+
+def _watched(hook: Any) -> bool:
+    """Whether a launch hook does anything: None or a function, a chain of functions from Triton 3.5 on."""
+    return hook is not None and getattr(hook, "calls", True) != []
+
+
+def _key(
+    kernel: Any, plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
+) -> tuple[Key, list[Any]]:
+    """Everything that Triton compiles for, and the arguments with addresses in the place of tensors.
+
+    That is the dtype of each tensor, where there is one and whether it is aligned to 16 bytes, and the value of each
+    size (1 and multiples of 16 may matter, and more than 32 bits do); not of numbers, whose type the kernel gives.
+    """
+    number = id(kernel)
+    _, sizes, numbers = _kernels.get(number) or _know(kernel)
+    values: list[Any] = []
+    kinds: list[Any] = [number, id(plan), device]
+    addresses = 0
+    for tensor in args[:sizes]:
+        if tensor is None:
+            values.append(None)
+            kinds.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses |= address
+            values.append(address)
+            kinds.append(tensor.dtype)
+    if addresses & 15:
+        kinds.append(tuple(address is None or address & 15 == 0 for address in values))
+    values += args[sizes:]
+    return (*kinds, *args[sizes:numbers], *constants.items()), values
+
+
+def _know(kernel: Any) -> Kernel:
+    """Read the kernel's signature, which `_key` relies on."""
+    kinds = "".join(
+        "c" if p.is_constexpr else "n" if p.annotation_type.startswith(("fp", "bf")) else "s" for p in kernel.params
+    )
+    tensors = sum(p.name.endswith("_ptr") for p in kernel.params)
+    kinds = kinds.replace("s", "t", tensors)
+    if not re.fullmatch("t+s*n*c*", kinds) or not all(p.name.endswith("_ptr") for p in kernel.params[:tensors]):
+        raise TypeError(f"{kernel.__name__}: expected tensors *_ptr, sizes, numbers typed fp*, constants in this order")
+    known = _kernels[id(kernel)] = Kernel(kernel, tensors, tensors + kinds.count("s"))
+    return known
+
+
+def _keywords(plan: Plan, constants: dict[str, Any]) -> dict[str, Any]:
+    how = options(plan.num_warps, getattr(plan, "ctas", 1), getattr(plan, "cooperative", False))
+    return {"T": plan.tile, **constants, **how}
+
+
+def _keep(
+    key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """Keep what Triton's launch compiled, unless it or the arguments are of a make that is not known."""
+    _, sizes, numbers = _kernels[id(kernel)]
+    rest, values = kernel.arg_names[len(args) :], {"T": plan.tile, **constants}
+    if not (
+        isinstance(compiled, CompiledKernel)
+        and isinstance(compiled.function, int)
+        and all(type(size) is int for size in args[sizes:numbers])  # True and 1.0 are 1 in a key
+        and set(rest) == set(values)  # else there are defaults, or constants among the arguments
+    ):
+        return
+    if len(_handles) >= LIMIT:
+        _handles.clear()
+    fixed = tuple(values[name] for name in rest)
+    _handles[key] = Handle(plan, compiled.run, compiled.function, compiled.packed_metadata, fixed)
