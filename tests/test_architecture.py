@@ -29,6 +29,7 @@ ORDER = [
     "functional",
     "operators",
     "autograd",
+    "signature",
     "launch",
     "handles",
     "occupancy",

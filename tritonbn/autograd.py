@@ -10,6 +10,7 @@ from torch import Tensor
 from tritonbn import launch, reference
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Gradients, Saved, Wanted, memory_format_of
+from tritonbn.signature import Signature
 
 
 class Forward(NamedTuple):
@@ -29,23 +30,22 @@ def batch_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     given: Forward,
-    save_output: bool = False,
+    save_output: bool,
+    found: Signature,
 ) -> Tensor:
-    """y of x and residual [N, C, ...], weight and bias [C]; the running statistics are updated in place in training."""
-    memory_format = memory_format_of(x)
-    x = x.contiguous(memory_format=memory_format)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    """y of x and residual [N, C, ...], weight and bias [C]; the running statistics are updated in place in training.
+
+    found: what the tensors are.
+    """
+    if not found.dense:
+        x = x.contiguous(memory_format=found.memory_format)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=found.memory_format)
+    if found.records:
         save_output = save_output and recoverable(x, weight, bias, given.activation)
-        y: Tensor = _record(x, weight, bias, residual, given, save_output, memory_format)
+        y: Tensor = _record(x, weight, bias, residual, given, save_output, found)
         return y
-    return forward(x, weight, bias, residual, given)[0]
+    return forward(x, weight, bias, residual, given, found=found)[0]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -88,22 +88,28 @@ def forward(
     keep: bool = False,
     keep_bits: bool = False,
     pooled: bool = True,
+    found: Signature | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, bits, mean, rstd) of dense x and residual; in evaluation mean and rstd only if `keep`."""
+    """(y, bits, mean, rstd) of dense x and residual; in evaluation mean and rstd only if `keep`.
+
+    found: what x and the vectors are, where that is known.
+    """
     mean, var, training, momentum, eps, activation = given
-    weight, bias, mean, var = _contiguous(weight), _contiguous(bias), _contiguous(mean), _contiguous(var)
+    dense = found is not None and found.dense
+    if not dense:
+        weight, bias, mean, var = _contiguous(weight), _contiguous(bias), _contiguous(mean), _contiguous(var)
+    plan = None if found is None else found.plan("forward" if training else "inference", x)
     if training:
         results = launch.forward(
-            x, residual, weight, bias, mean, var, momentum, eps, activation, keep_bits, pooled
+            x, residual, weight, bias, mean, var, momentum, eps, activation, keep_bits, pooled, plan
         )  # fmt: skip
-        if mean is not given.running_mean:
+        if not dense:
             _bring_back(given.running_mean, mean)
-        if var is not given.running_var:
             _bring_back(given.running_var, var)
         return results
     assert mean is not None
     assert var is not None
-    return launch.inference(x, residual, weight, bias, mean, var, eps, activation, keep_bits, keep)
+    return launch.inference(x, residual, weight, bias, mean, var, eps, activation, keep_bits, keep, plan)
 
 
 def _contiguous(v: Tensor | None) -> Tensor | None:
@@ -112,7 +118,7 @@ def _contiguous(v: Tensor | None) -> Tensor | None:
 
 def _bring_back(statistics: Tensor | None, updated: Tensor | None) -> None:
     """Copy updated statistics to the strided tensor they were copied from."""
-    if statistics is not None and updated is not None:
+    if statistics is not None and updated is not None and statistics is not updated:
         copy_without_version(statistics, updated)
 
 
@@ -134,18 +140,21 @@ def backward(
     parameter_dtype: torch.dtype,
     wanted: Wanted,
     pooled: bool = True,
+    found: Signature | None = None,
 ) -> Gradients:
     """Gradients of (x, weight, bias, residual); dy of any strides is copied unless it is dense as x."""
     x = dense(saved.x)
     memory_format = memory_format_of(x)
     dy = dy.resolve_neg().contiguous(memory_format=memory_format)
     residual = None if saved.residual is None else saved.residual.contiguous(memory_format=memory_format)
-    weight, bias = (None if v is None else v.contiguous() for v in (saved.weight, saved.bias))
-    saved = saved._replace(x=x, residual=residual, weight=weight, bias=bias)
+    saved = Saved(x, _contiguous(saved.weight), _contiguous(saved.bias), residual, *saved[4:])
+    plan = None if found is None else found.plan("backward", x, launch.costs(activation, saved.bits))
     if wanted[3] and activation == IDENTITY:  # nothing to compute
-        gradients = launch.backward(dy, saved, training, activation, parameter_dtype, (*wanted[:3], False), pooled)
-        return gradients._replace(residual=dy)
-    return launch.backward(dy, saved, training, activation, parameter_dtype, wanted, pooled)
+        only = *wanted[:3], False
+        return launch.backward(dy, saved, training, activation, parameter_dtype, only, pooled, plan)._replace(
+            residual=dy
+        )
+    return launch.backward(dy, saved, training, activation, parameter_dtype, wanted, pooled, plan)
 
 
 def second_backward(
@@ -192,11 +201,6 @@ def unpacked(tensors: Iterable[Any], memory_format: torch.memory_format) -> Save
     return saved._replace(x=saved.x.contiguous(memory_format=memory_format))
 
 
-def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
-    """The dtype of the parameters' gradients."""
-    return next((p.dtype for p in parameters if p is not None), x.dtype)
-
-
 class BatchNorm(torch.autograd.Function):
     """y of dense x and residual, weight and bias, with statistics of the batch or given ones."""
 
@@ -209,30 +213,37 @@ class BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         given: Forward,
         save_output: bool,
-        memory_format: torch.memory_format,
+        found: Signature,
     ) -> Tensor:
         activation = given.activation
-        keep_bits = keeps_bits(residual, activation)
-        y, bits, mean, rstd = forward(x, weight, bias, residual, given, keep=True, keep_bits=keep_bits)
-        needs_z = activation != IDENTITY and not keep_bits
-        kept_bias = bias if needs_z or save_output else None
-        kept_residual = residual if needs_z else None
-        # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
-        saved = (y if save_output else x, weight, kept_bias, kept_residual, bits, None if save_output else mean, rstd)
-        ctx.save_for_backward(*saved, given.running_mean, given.running_var)
-        ctx.eps, ctx.memory_format = given.eps, memory_format
-        ctx.constants = given.training, activation, parameter_dtype(x, weight, bias)
+        keep_bits = residual is not None and activation.two_valued
+        y, bits, mean, rstd = forward(x, weight, bias, residual, given, True, keep_bits, True, found)
+        needs_z = not keep_bits and activation != IDENTITY
+        ctx.save_for_backward(
+            y if save_output else x,
+            weight,
+            bias if needs_z or save_output else None,
+            residual if needs_z else None,
+            bits,
+            None if save_output else mean,
+            rstd,
+            # Not needed, but torch refuses a backward after a user changed them in place.
+            given.running_mean,
+            given.running_var,
+        )
+        ctx.constants = given.training, activation, given.eps, found
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = unpacked(ctx.saved_tensors[:7], ctx.memory_format)
-        constants = *ctx.constants, ctx.needs_input_grad[:4]
+        training, activation, eps, found = ctx.constants
+        saved = unpacked(ctx.saved_tensors[:7], found.memory_format)
+        constants = training, activation, found.parameter_dtype, ctx.needs_input_grad[:4]
         if not torch.is_grad_enabled():
-            return *backward(dy, saved, *constants), None, None, None
+            return *backward(dy, saved, *constants, found=found), None, None, None
         if saved.mean is None:
             raise RuntimeError("save='output' supports first derivatives only, but got create_graph=True")
-        gradients = BatchNormBackward.apply(dy, *saved, ctx.eps, constants)  # type: ignore[no-untyped-call]
+        gradients = BatchNormBackward.apply(dy, *saved, eps, constants)  # type: ignore[no-untyped-call]
         return *gradients, None, None, None
 
 

@@ -4,22 +4,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
-from tritonbn.plan import fits
+from tritonbn.signature import NONE, Signature, known, signature
 
 Save = Literal["input", "output"]
 
 _SAVES = get_args(Save)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = (float, int)
-_TYPES = frozenset((Tensor, Parameter, type(None)))
-# Verdicts of `_fit`; all are forgotten when there are too many, of shapes that never repeat.
-_verdicts: dict[tuple[Any, ...], bool] = {}
-_MOST_VERDICTS = 4096
 
 
 def batch_norm(
@@ -84,7 +78,8 @@ def batch_norm(
     act = IDENTITY if activation is None else resolve(activation)
     if residual is not None or save != "input":
         check_epilogue(input, residual, act, save)
-    if not _takes_kernels(input, running_mean, running_var, weight, bias, residual, training, momentum, eps):
+    found = _signature(tensors, training, momentum, eps)
+    if not found.fits:
         if training and _on_several_devices(*tensors):  # torch writes the statistics before it refuses
             running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
         y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -92,7 +87,7 @@ def batch_norm(
     given = autograd.Forward(running_mean, running_var, training, float(momentum), float(eps), act)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._len_torch_dispatch_stack() == 0:
-        return autograd.batch_norm(input, weight, bias, residual, given, save == "output")
+        return autograd.batch_norm(input, weight, bias, residual, given, save == "output", found)
     result, new_mean, new_var = operators.apply(input, weight, bias, residual, given)
     for old, new in ((running_mean, new_mean), (running_var, new_var)):
         if training and old is not None:
@@ -122,125 +117,23 @@ def check_epilogue(input: Tensor | None, residual: Tensor | None, activation: Ac
         raise ValueError(f"residual should have the shape of the input, {input.shape}, but got {residual.shape}")
 
 
-def _takes_kernels(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> bool:
-    """Whether the kernels can do it, and torch would not refuse; what they leave, torch computes or refuses itself."""
-    if not (isinstance(x, Tensor) and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))):
-        return False
-    if torch.compiler.is_exporting():  # the program must run where we are not installed
-        return False
-    if type(training) is not bool or type(momentum) not in _NUMBERS or type(eps) not in _NUMBERS:
-        return False
-    if not (eps > 0 or (eps == 0 and not training)):
-        return False
+def _signature(tensors: tuple[Any, ...], training: bool, momentum: float, eps: float) -> Signature:
+    """What the kernels would take, if they can do it; what they leave, torch computes or refuses itself."""
+    x = tensors[0]
+    if not (
+        isinstance(x, Tensor)
+        and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))
+        and type(training) is bool
+        and type(momentum) in _NUMBERS
+        and type(eps) in _NUMBERS
+        and (eps > 0 or (eps == 0 and not training))
+        and not torch.compiler.is_exporting()  # the program must run where we are not installed
+    ):
+        return NONE
     if torch.compiler.is_compiling():
-        fit = _fit(x, running_mean, running_var, weight, bias, residual, training)
-    else:
-        tensors = x, running_mean, running_var, weight, bias, residual
-        fit = _is_plain(*tensors) and _fit_as_before(*tensors, training)
-    if not fit or not torch.is_grad_enabled():
-        return fit
-    return not (
-        (running_mean is not None and running_mean.requires_grad)
-        or (running_var is not None and running_var.requires_grad)
-    )
-
-
-def _fit_as_before(x: Tensor, *others: Any) -> bool:
-    """`_fit`, found out once for tensors of these shapes, strides, dtypes and devices."""
-    key: list[Any] = []
-    try:
-        for t in (x, *others[:-1]):
-            if t is None:
-                key.append(None)
-            else:
-                key += t.shape, t.stride(), t.dtype, t.device
-    except RuntimeError:  # no strides, or no shape: sparse, nested
-        return False
-    known = (*key, others[-1])
-    fit = _verdicts.get(known)
-    if fit is None:
-        if len(_verdicts) >= _MOST_VERDICTS:
-            _verdicts.clear()
-        fit = _verdicts[known] = _fit(x, *others)
-    return fit
-
-
-def _fit(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-) -> bool:
-    """Whether shapes, strides, dtypes and devices are those that the kernels take."""
-    numel = x.numel()
-    if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
-        return False
-    N, C = x.shape[0], x.shape[1]
-    if not fits(N, C, numel // (N * C)):
-        return False
-    if training:
-        if numel == C or (running_mean is None) != (running_var is None):
-            return False
-    elif running_mean is None or running_var is None:
-        return False
-    if not _vectors_fit(x, C, running_mean, running_var, weight, bias) or not _residual_fits(x, residual):
-        return False
-    statistics = [s for s in (running_mean, running_var) if s is not None]
-    return C == 1 or all(s.stride(0) != 0 for s in statistics)  # expanded: updates would meet in one place
-
-
-def _residual_fits(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the residual, whose shape was checked, is of the dtype, device and kind of x."""
-    return residual is None or (
-        residual.dtype == x.dtype and residual.device == x.device and residual.layout is torch.strided
-    )
-
-
-def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
-    """Whether weights and statistics are [C] on the device of x, all in its dtype or all in float32 for 16-bit x."""
-    given = [v for v in vectors if v is not None]
-    allowed = (x.dtype, torch.float32) if x.itemsize == 2 else (x.dtype,)
-    return all(
-        isinstance(v, Tensor)
-        and v.shape == (C,)
-        and v.dtype in allowed
-        and v.dtype == given[0].dtype
-        and v.device == x.device
-        for v in given
-    )
+        return signature(tensors, training)
+    return known(tensors, training) if torch.autograd.forward_ad._current_level < 0 else NONE
 
 
 def _on_several_devices(*tensors: Tensor | None) -> bool:
     return len({t.device for t in tensors if isinstance(t, Tensor)}) > 1
-
-
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing must see each operation: no subclass, lazy negation, transform, forward derivative or trace.
-
-    Nor what a transform left behind, nor tensors of inference mode that autograd would have to save: torch refuses
-    those before it writes anything.
-    """
-    if not _TYPES.issuperset(map(type, tensors)):
-        return False
-    given = [t for t in tensors if t is not None]
-    return not (
-        True in map(Tensor.is_neg, given)
-        or True in map(torch._C._functorch.is_functorch_wrapped_tensor, given)
-        or (torch.is_grad_enabled() and True in map(Tensor.is_inference, given))
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )

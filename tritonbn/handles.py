@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -25,6 +24,10 @@ from tritonbn.plan import Plan
 LIMIT = 4096
 # 32-bit registers of an SM; no program may want more, and no thread more than 255.
 REGISTERS = 1 << 16
+
+_HIP = torch.version.hip is not None
+# Launch hooks are None or a function, from Triton 3.5 on a chain of functions, `calls`.
+_runtime = triton.knobs.runtime
 
 Key = tuple[Any, ...]
 
@@ -65,7 +68,7 @@ def options(num_warps: int, num_ctas: int = 1, cooperative: bool = False) -> dic
     register count of its own choosing; of all that there are, most split reductions still take 128: see `plan.py`.
     """
     found: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
-    if not torch.version.hip:
+    if not _HIP:
         found["maxnreg"] = min(255, REGISTERS // (32 * num_warps))
     if num_ctas > 1:
         found["num_ctas"] = num_ctas
@@ -91,10 +94,10 @@ def start(
         _keep(key, kernel, plan, compiled, args, constants)
         return
     _, run, function, metadata, fixed = handle
-    y = grid[1] if len(grid) > 1 else 1
-    z = grid[2] if len(grid) > 2 else 1
-    stream = driver.active.get_current_stream(device)
-    run(grid[0], y, z, stream, function, metadata, None, None, None, *values, *fixed)
+    run(
+        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
+        driver.active.get_current_stream(device), function, metadata, None, None, None, *values, *fixed,
+    )  # fmt: skip
 
 
 def fits_at_once(
@@ -104,7 +107,7 @@ def fits_at_once(
 
     False where it is not known: in the interpreter, which runs programs one after the other, and on AMD.
     """
-    if not isinstance(kernel, triton.JITFunction) or torch.version.hip:
+    if not isinstance(kernel, triton.JITFunction) or _HIP:
         return False
     key = *_key(kernel, plan, device, args, constants)[0], grid
     known = _fitting.get(key)
@@ -123,21 +126,17 @@ def fits_at_once(
 
 
 def _direct(kernel: Any) -> bool:
-    """Whether a kept handle does all that Triton's own launch would."""
-    if type(kernel) is not triton.JITFunction or kernel.pre_run_hooks or torch.version.hip:
-        return False
-    runtime = knobs.runtime
-    return not (_watched(runtime.launch_enter_hook) or _watched(runtime.launch_exit_hook))
+    """Whether a kept handle does all that Triton's own launch would: no one watches launches, and it is NVIDIA's."""
+    return (
+        type(kernel) is triton.JITFunction
+        and not kernel.pre_run_hooks
+        and (_runtime.launch_enter_hook is None or not getattr(_runtime.launch_enter_hook, "calls", True))
+        and (_runtime.launch_exit_hook is None or not getattr(_runtime.launch_exit_hook, "calls", True))
+        and not _HIP
+    )
 
 
-def _watched(hook: Any) -> bool:
-    """Whether a launch hook does anything: None or a function, a chain of functions from Triton 3.5 on."""
-    return hook is not None and getattr(hook, "calls", True) != []
-
-
-def _key(
-    kernel: Any, plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
-) -> tuple[Key, list[Any]]:
+def _key(kernel: Any, plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]) -> tuple[Key, list[Any]]:
     """Everything that Triton compiles for, and the arguments with addresses in the place of tensors.
 
     That is the dtype of each tensor, where there is one and whether it is aligned to 16 bytes, and the value of each
@@ -146,7 +145,7 @@ def _key(
     number = id(kernel)
     _, sizes, numbers = _kernels.get(number) or _know(kernel)
     values: list[Any] = []
-    kinds: list[Any] = [number, id(plan), device]
+    kinds: list[Any] = [number, id(plan), device, *args[sizes:numbers]]
     addresses = 0
     for tensor in args[:sizes]:
         if tensor is None:
@@ -159,8 +158,7 @@ def _key(
             kinds.append(tensor.dtype)
     if addresses & 15:
         kinds.append(tuple(address is None or address & 15 == 0 for address in values))
-    values += args[sizes:]
-    return (*kinds, *args[sizes:numbers], *constants.items()), values
+    return (*kinds, *constants.items()), [*values, *args[sizes:]]
 
 
 def _know(kernel: Any) -> Kernel:
@@ -181,9 +179,7 @@ def _keywords(plan: Plan, constants: dict[str, Any]) -> dict[str, Any]:
     return {"T": plan.tile, **constants, **how}
 
 
-def _keep(
-    key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any], constants: dict[str, Any]
-) -> None:
+def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:
     """Keep what Triton's launch compiled, unless it or the arguments are of a make that is not known."""
     _, sizes, numbers = _kernels[id(kernel)]
     rest, values = kernel.arg_names[len(args) :], {"T": plan.tile, **constants}

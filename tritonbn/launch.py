@@ -1,7 +1,7 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`.
+dy are laid out as x. A `plan` that is not given is looked up. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`.
 """
 
 from functools import lru_cache
@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 
 from tritonbn import handles
-from tritonbn import plan as plans
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
@@ -60,11 +59,12 @@ def forward(
     activation: Activation = IDENTITY,
     keep_bits: bool = False,
     pooled: bool = True,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
-    plan = plan_for("forward", x)
+    plan = plan or plan_for("forward", x)
     y, bits = _output(x, plan, keep_bits)
-    mean, rstd = _vectors(x)
+    mean, rstd = _vectors(x, running_mean)
     if plan.path == "single":
         _launch(
             forward_kernel, (plan.groups,), plan,
@@ -95,11 +95,12 @@ def inference(
     activation: Activation = IDENTITY,
     keep_bits: bool = False,
     keep: bool = False,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(y, bits, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
-    plan = plan_for("inference", x)
+    plan = plan or plan_for("inference", x)
     y, bits = _output(x, plan, keep_bits)
-    mean, rstd = _vectors(x) if keep else (None, None)
+    mean, rstd = _vectors(x, running_mean) if keep else (None, None)
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
         x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *_sizes(plan), plan.apply_tiles,
@@ -116,10 +117,11 @@ def backward(
     parameter_dtype: torch.dtype,
     wanted: Wanted,
     pooled: bool = True,
+    plan: Plan | None = None,
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan_for("backward", x, activation.costly and bits is None)
+    plan = plan or plan_for("backward", x, costs(activation, bits))
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     if plan.path == "single" and training and dx is not None:
@@ -151,6 +153,11 @@ def backward(
     return gradients
 
 
+def costs(activation: Activation, bits: Tensor | None) -> bool:
+    """Whether the backward computes exponentials for each element."""
+    return bits is None and activation.costly
+
+
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -166,33 +173,14 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
-# Plans by what they follow from: finding one in `make_plan` takes several times as long as a launch.
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
 def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
     """The plan of `operation` for dense x, see `make_plan`."""
-    key = operation, x.shape, x.stride(), x.dtype, x.device, costly, _epoch()
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= handles.LIMIT:
-            _plans.clear()
-        plan = _plans[key] = _plan(operation, x, costly)
-    return plan
-
-
-def _plan(operation: Operation, x: Tensor, costly: bool) -> Plan:
     N, C = x.shape[0], x.shape[1]
     S = x.numel() // (N * C)
     layout: Layout = "planes"
     if S == 1 or memory_format_of(x) is not torch.contiguous_format:
         layout, N, S = "rows", N * S, 1
     return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device), costly)
-
-
-def _epoch() -> object:
-    """What changes when plans do."""
-    return plans._forced.path, plans._forced.splits
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
@@ -225,9 +213,13 @@ def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | No
     return y, torch.empty(plan.bit_bytes, dtype=torch.uint8, device=x.device) if keep_bits else None
 
 
-def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """mean and rstd [C] in the dtype of the arithmetic on x."""
-    mean = torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
+def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
+    """mean and rstd [C] in the dtype of the arithmetic on x; soonest made by copying another [C]."""
+    dtype = arithmetic_dtype(x)
+    if like is not None and like.dtype is dtype:
+        mean = torch.empty_like(like)
+    else:
+        mean = torch.empty(x.shape[1], dtype=dtype, device=x.device)
     return mean, torch.empty_like(mean)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tritonbn import autograd, launch
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Saved
+from tritonbn.signature import parameter_dtype
 
 
 def apply(
@@ -156,7 +157,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     needs_z = ctx.activation != IDENTITY and not keep_bits
     kept = (bias, residual) if needs_z else (None, None)
     ctx.save_for_backward(x, weight, *kept, bits if keep_bits else None, mean, rstd)
-    ctx.parameter_dtype = autograd.parameter_dtype(x, weight, bias)
+    ctx.parameter_dtype = parameter_dtype(x, weight, bias)
     ctx.memory_format = launch.memory_format_of(x)
 
 
