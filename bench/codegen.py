@@ -7,10 +7,10 @@ import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import gcd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from bench.mnist import positive
 from tritonbn import handles, launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
+from tritonbn.plan import Path as PlanPath
 from tritonbn.plan import Plan, forced
 
 TARGETS = {
@@ -94,8 +95,7 @@ class Launch(NamedTuple):
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    num_warps: int
-    num_ctas: int = 1
+    options: tuple[tuple[str, Any], ...]
 
 
 class Case(NamedTuple):
@@ -133,6 +133,7 @@ def record(
     keep_bits = keeps_bits(residual, activation)
     needs_residual = residual if activation != IDENTITY and not keep_bits else None
     calls: list[tuple[Launch, Plan]] = []
+    bits: torch.Tensor | None = None
 
     def backward(training: bool, *wanted: bool) -> None:
         saved = launch.Saved(x, w, b, needs_residual, bits, None if epilogue.save_output else mean, var)
@@ -140,10 +141,10 @@ def record(
         launch.backward(x, saved, training, activation, parameter, (*wanted, with_residual))  # type: ignore[arg-type]
 
     with recording(calls):
-        own_path = launch.plan_for("forward", x).path
-        for path in ("split", "single") if own_path == "single" else ("split",):
-            with forced(path):
+        for path in get_args(PlanPath):
+            with forced(path), suppress(ValueError):  # not all paths can run all shapes
                 _, bits, _, _ = launch.forward(x, residual, w, b, mean, var, 0.1, 1e-5, activation, keep_bits)
+            with forced(path), suppress(ValueError):
                 backward(True, True, True, True)
         launch.inference(x, residual, w, b, mean, var, 1e-5, activation, keep_bits, keep=True)
         backward(False, True, True, True)
@@ -159,7 +160,9 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         values = dict(zip(kernel.arg_names, args, strict=False))
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
-        calls.append((Launch(kernel.__name__, signature, tuple(fixed.items()), *_size(plan)), plan))
+        calls.append(
+            (Launch(kernel.__name__, signature, tuple(fixed.items()), tuple(handles.options(plan).items())), plan)
+        )
 
     real = launch._launch
     launch._launch = note
@@ -167,11 +170,6 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         yield
     finally:
         launch._launch = real
-
-
-def _size(plan: Plan) -> tuple[int, int]:
-    """Warps of a block, blocks of a program."""
-    return plan.num_warps, getattr(plan, "ctas", 1)
 
 
 def _kind(value: torch.Tensor | float | int) -> str:
@@ -194,7 +192,7 @@ def compile_for(recorded: Launch, target: str) -> dict[str, int | None]:
         constexprs={(at(name),): value for name, value in recorded.constants},
         attrs={(at(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")},
     )
-    options = handles.options(recorded.num_warps, recorded.num_ctas)
+    options = dict(recorded.options)
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -222,7 +220,7 @@ def rows(chosen: list[Case], targets: list[str], workers: int) -> Iterator[dict[
                 "spills": found["spills"], "shared_bytes": found["shared_bytes"], "load_bits": found["load_bits"],
                 "store_bits": found["store_bits"], "planned_bits": case.plan.access_bits,
                 "sample_bits": sample_bits(case),
-                "geometry": case.plan.geometry, "num_warps": case.launch.num_warps,
+                "geometry": case.plan.geometry, "num_warps": case.plan.num_warps,
             }  # fmt: skip
 
 

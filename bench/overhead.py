@@ -101,7 +101,7 @@ CASES = [
 
 def by_jit(kernel: Any, grid: tuple[int, ...], plan: Any, *args: Any, **constants: Any) -> None:
     """A launch as Triton does it."""
-    kernel[grid](*args, T=plan.tile, **constants, **handles.options(plan.num_warps))
+    kernel[grid](*args, T=plan.tile, **constants, **handles.options(plan))
 
 
 def nothing(kernel: Any, grid: tuple[int, ...], plan: Any, *args: Any, **constants: Any) -> None:

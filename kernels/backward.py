@@ -16,28 +16,37 @@ from .tiles import channels, filled, fold, load_channels, load_tile, spread, til
 
 @triton.jit
 def program_sums(
-    dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, t0, t1, center, scale, shift, R, C, width,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, center, scale, shift, R, C, width,
     T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
 ):  # fmt: skip
-    """(sum dz, sum dz * (x - mean)) [BLOCK_G] of tiles [t0, t1), and dz and x of tile t0; reads each tile once.
+    """(sum dz, sum dz * (x - mean)) [BLOCK_G] of a group's tiles [t0, t1), and dz and x of tile t0; reads each once.
 
     With dx_ptr, dx = scale * dz is stored in the same pass, with dresidual_ptr dz.
     """
     center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
     s1, d, x0 = load_gradient(
-        dy_ptr, x_ptr, residual_ptr, bits_ptr, t0, center, scale, shift, R, C, width, T, ACT, INVERT
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t0, center, scale, shift, R, C, width, T, ACT, INVERT
     )  # [BLOCK_L, BLOCK_R] fp32
     dz0 = s1.to(dy_ptr.dtype.element_ty)
-    store_gradients(dx_ptr, dresidual_ptr, s1, scale, t0, R, C, width, T)
-    s2 = s1 * tl.where(tile(t0, R, C, width, T)[1], d, 0.0)
-    for t in tl.range(t0 + 1, t1):
-        dz, d, _ = load_gradient(
-            dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width, T, ACT, INVERT
-        )
-        store_gradients(dx_ptr, dresidual_ptr, dz, scale, t, R, C, width, T)
-        s1 += dz
-        s2 += dz * tl.where(tile(t, R, C, width, T)[1], d, 0.0)
+    store_gradients(dx_ptr, dresidual_ptr, s1, scale, group, t0, R, C, width, T)
+    s2 = s1 * tl.where(tile(group, t0, R, C, width, T)[1], d, 0.0)
+    if not T.ONCE:
+        for t in tl.range(t0 + 1, t1, num_stages=T.STAGES):
+            dz, d, _ = load_gradient(
+                dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width, T, ACT, INVERT
+            )
+            store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
+            s1 += dz
+            s2 += dz * tl.where(tile(group, t, R, C, width, T)[1], d, 0.0)
     return fold(s1, T), fold(s2, T), dz0, x0
+
+
+@triton.jit
+def store_partial_sums(workspace_ptr, s1, s2, c, live, C):
+    """Store this program's (sum dz, sum dz * (x - mean)) [BLOCK_G] in workspace [P, 2, C]."""
+    at = workspace_ptr + tl.program_id(1) * 2 * C + c
+    tl.store(at, s1, mask=live)
+    tl.store(at + C, s2, mask=live)
 
 
 @triton.jit
@@ -64,6 +73,37 @@ def store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live):
         tl.store(dbias_ptr + c, s1.to(dbias_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def input_gradients_again(
+    dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,
+    center, scale, shift, dz_mean, slope, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
+):  # fmt: skip
+    """dx of a group's tiles t1 - 1 down to t0 after their sums; dz0 and x0 are what the program kept of tile t0.
+
+    dresidual, if wanted, was written with the sums and is read in place of dy, residual and bits.
+    """
+    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
+    dz_mean, slope = spread(dz_mean, T), spread(slope, T)
+    if not T.ONCE:
+        if dresidual_ptr is not None:
+            tl.debug_barrier()  # what the program's other threads wrote is read below
+        for i in tl.range(0, t1 - t0 - 1):
+            t = t1 - 1 - i
+            if dresidual_ptr is not None:
+                at, mask = tile(group, t, R, C, width, T)
+                dz = widen(load_tile(dresidual_ptr, at, mask))
+                d = recover(load_tile(x_ptr, at, mask, True), center, scale, shift, ACT, False)[0]
+            else:
+                dz, d, _ = load_gradient(
+                    dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width,
+                    T, ACT, INVERT, True,
+                )  # fmt: skip
+            store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, group, t, R, C, width, T)
+    d = recover(x0, center, scale, shift, ACT, INVERT)[0]
+    store_gradients(dx_ptr, None, widen(dz0) - dz_mean - d * slope, scale, group, t0, R, C, width, T)
+
+
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def gradient_sums_kernel(
@@ -81,19 +121,18 @@ def gradient_sums_kernel(
     bias, dweight, dbias: [C] any float or None.  ticket: [groups] int32, zero before and after.  Reads dy and x (and
     residual or bits) once, writes dx and dresidual once.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
     s1, s2, _, _ = program_sums(
-        dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, t0, t1, center, scale, shift, R, C, width,
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, center, scale, shift, R, C, width,
         T, ACT, mean_ptr is None,
     )  # fmt: skip
-    at = workspace_ptr + tl.program_id(1) * 2 * C + c
-    tl.store(at, s1, mask=live)
-    tl.store(at + C, s2, mask=live)
+    store_partial_sums(workspace_ptr, s1, s2, c, live, C)
     tl.debug_barrier()  # every store of this program comes before the release below
-    ticket = ticket_ptr + tl.program_id(0)
+    ticket = ticket_ptr + group
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         s1, s2 = merge_sums(workspace_ptr, c, live, C, T, BLOCK_P)
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
@@ -120,7 +159,8 @@ def input_gradient_kernel(
     Without sums (given statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once,
     writes dx and dresidual once.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     if sums_ptr is not None:
@@ -133,12 +173,13 @@ def input_gradient_kernel(
     for i in tl.range(0, t1 - t0):
         t = t1 - 1 - i
         dz, d, _ = load_gradient(
-            dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width, T, ACT, mean_ptr is None
-        )
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width,
+            T, ACT, mean_ptr is None, True,
+        )  # fmt: skip
         if sums_ptr is not None:
-            store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, t, R, C, width, T)
+            store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, group, t, R, C, width, T)
         else:
-            store_gradients(dx_ptr, dresidual_ptr, dz, scale, t, R, C, width, T)
+            store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
 
 
 # fmt: off
@@ -157,30 +198,17 @@ def backward_kernel(
     any float or None.  Reads dy and x (and residual or bits) twice, but their first tiles once (once in all where one
     tile is enough), writes dx once; dresidual is written first and read in place of dy, residual and bits.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     s1, s2, dz0, x0 = program_sums(
-        dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, 0, total, center, scale, shift, R, C, width,
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, 0, total, center, scale, shift, R, C, width,
         T, ACT, mean_ptr is None,
     )  # fmt: skip
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
     M = filled(total, R, width, T).to(rstd.dtype)
-    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
-    dz_mean = spread(ratio(s1, M), T)
-    slope = spread(ratio(s2, M) * rstd * rstd, T)
-    if dresidual_ptr is not None:
-        tl.debug_barrier()  # what the program's other threads wrote is read below
-    for i in tl.range(0, total - 1):
-        t = total - 1 - i
-        if dresidual_ptr is not None:
-            at, mask = tile(t, R, C, width, T)
-            dz = widen(load_tile(dresidual_ptr, at, mask))
-            d = recover(load_tile(x_ptr, at, mask), center, scale, shift, ACT, False)[0]
-        else:
-            dz, d, _ = load_gradient(
-                dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width, T, ACT, mean_ptr is None
-            )
-        store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, t, R, C, width, T)
-    d = recover(x0, center, scale, shift, ACT, mean_ptr is None)[0]
-    store_gradients(dx_ptr, None, widen(dz0) - dz_mean - d * slope, scale, 0, R, C, width, T)
+    input_gradients_again(
+        dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, 0, total,
+        center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, mean_ptr is None,
+    )  # fmt: skip

@@ -41,35 +41,35 @@ def recover(x, center, scale, shift, ACT: tl.constexpr, INVERT: tl.constexpr):
 
 @triton.jit
 def load_gradient(
-    dy_ptr, x_ptr, residual_ptr, bits_ptr, t, center, scale, shift, R, C, width,
-    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr, LAST: tl.constexpr = False,
 ):  # fmt: skip
     """(dz, x - mean) of tile t in the dtype of the arithmetic, and x as it was read; dz is 0 outside of the tensor.
 
     Without x_ptr (dz does not need it) x - mean and x are dy, which is not used.
     """
-    at, mask = tile(t, R, C, width, T)
-    dy = load_tile(dy_ptr, at, mask)
+    at, mask = tile(group, t, R, C, width, T)
+    dy = load_tile(dy_ptr, at, mask, LAST)
     dz = widen(dy)
     x = dy
     d = dz
     z = dz
     if x_ptr is not None:
-        x = load_tile(x_ptr, at, mask)
+        x = load_tile(x_ptr, at, mask, LAST)
         d, z = recover(x, center, scale, shift, ACT, INVERT)
     if bits_ptr is not None:
-        dz = gradient_where(dz, load_bits(bits_ptr, t, R, C, width, T), ACT)
+        dz = gradient_where(dz, load_bits(bits_ptr, group, t, R, C, width, T), ACT)
     elif ACT.name != "identity":
         if residual_ptr is not None:
-            z += widen(load_tile(residual_ptr, at, mask))
+            z += widen(load_tile(residual_ptr, at, mask, LAST))
         dz = tl.where(mask, gradient(dz, z, ACT), 0.0)
     return dz, d, x
 
 
 @triton.jit
-def store_gradients(dx_ptr, dresidual_ptr, dz, scale, t, R, C, width, T: tl.constexpr):
+def store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T: tl.constexpr):
     """Store tile t of dx = scale * dz and of dresidual = dz where they are wanted."""
-    at, mask = tile(t, R, C, width, T)
+    at, mask = tile(group, t, R, C, width, T)
     if dx_ptr is not None:
         store_tile(dx_ptr, at, mask, dz * scale)
     if dresidual_ptr is not None:

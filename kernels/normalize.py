@@ -26,26 +26,41 @@ from .tiles import (
 
 
 @triton.jit
-def finish(z, residual_ptr, y_ptr, bits_ptr, t, R, C, width, T: tl.constexpr, ACT: tl.constexpr):
+def finish(z, residual_ptr, y_ptr, bits_ptr, group, t, R, C, width, T: tl.constexpr, ACT: tl.constexpr):
     """Store tile t of y = activation(z + residual), and its bits."""
-    at, mask = tile(t, R, C, width, T)
+    at, mask = tile(group, t, R, C, width, T)
     if residual_ptr is not None:
         z += widen(load_tile(residual_ptr, at, mask))
     if bits_ptr is not None:
-        store_bits(bits_ptr, upper(z, ACT), t, R, C, width, T)
+        store_bits(bits_ptr, upper(z, ACT), group, t, R, C, width, T)
     store_tile(y_ptr, at, mask, activate(z, ACT))
 
 
 @triton.jit
 def normalize_tiles(
-    x_ptr, residual_ptr, y_ptr, bits_ptr, t0, t1, mean, scale, shift, R, C, width, T: tl.constexpr, ACT: tl.constexpr
+    x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Tiles t1 - 1 down to t0: those that the statistics read last may still be in L2."""
     mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     for i in tl.range(0, t1 - t0):
-        at, mask = tile(t1 - 1 - i, R, C, width, T)
-        _, z = normalize(load_tile(x_ptr, at, mask), mean, scale, shift)
-        finish(z, residual_ptr, y_ptr, bits_ptr, t1 - 1 - i, R, C, width, T, ACT)
+        at, mask = tile(group, t1 - 1 - i, R, C, width, T)
+        _, z = normalize(load_tile(x_ptr, at, mask, True), mean, scale, shift)
+        finish(z, residual_ptr, y_ptr, bits_ptr, group, t1 - 1 - i, R, C, width, T, ACT)
+
+
+@triton.jit
+def normalize_again(
+    first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Tiles t1 - 1 down to t0 after their statistics; tile t0 is `first`, which the program kept."""
+    if not T.ONCE:
+        normalize_tiles(
+            x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0 + 1, t1, mean, scale, shift, R, C, width, T, ACT
+        )
+    _, z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
+    finish(z, residual_ptr, y_ptr, bits_ptr, group, t0, R, C, width, T, ACT)
 
 
 # fmt: off
@@ -63,14 +78,15 @@ def normalize_kernel(
     y: [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C] fp32 (fp64).  weight, bias: [C] any float or
     None.  Reads x and residual once, writes y and bits once.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
     mean = load_channels(mean_ptr, c, live)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
-    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, t0, t1, mean, scale, shift, R, C, width, T, ACT)
+    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width, T, ACT)
 
 
 # fmt: off
@@ -90,7 +106,8 @@ def inference_kernel(
     weight, bias: [C] any float (weight, bias or None).  mean, rstd: [C] fp32 (fp64) or None.  Reads x and residual
     once, writes y and bits once.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     mean = load_channels(running_mean_ptr, c, live)
     rstd = reciprocal_std(load_channels(running_var_ptr, c, live), eps)
     if mean_ptr is not None and tl.program_id(1) == 0:
@@ -100,7 +117,7 @@ def inference_kernel(
     shift = load_shift(bias_ptr, rstd, c, live)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
-    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, t0, t1, mean, scale, shift, R, C, width, T, ACT)
+    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width, T, ACT)
 
 
 # fmt: off
@@ -119,15 +136,16 @@ def forward_kernel(
     None.  mean, rstd: [C] fp32 (fp64).  weight, bias, running_*: [C] any float or None.  Reads x twice, but its first
     tile once (once in all where one tile is enough), residual once, writes y and bits once.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     total = tile_count(R, width, T)
-    k, delta, m2, first = program_statistics(x_ptr, 0, total, R, C, width, T)
+    k, delta, m2, first = program_statistics(x_ptr, group, 0, total, R, C, width, T)
     n = filled(total, R, width, T).to(m2.dtype)
     mean, rstd = store_statistics(
         mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
     )
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
-    normalize_tiles(x_ptr, residual_ptr, y_ptr, bits_ptr, 1, total, mean, scale, shift, R, C, width, T, ACT)
-    _, z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
-    finish(z, residual_ptr, y_ptr, bits_ptr, 0, R, C, width, T, ACT)
+    normalize_again(
+        first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, 0, total, mean, scale, shift, R, C, width, T, ACT
+    )

@@ -32,9 +32,9 @@ def reciprocal_std(var, eps):
 
 
 @triton.jit
-def program_statistics(x_ptr, t0, t1, R, C, width, T: tl.constexpr):
-    """(k, delta, m2) [BLOCK_G] of tiles [t0, t1), and tile t0 as it was read; reads each tile once."""
-    at, mask = tile(t0, R, C, width, T)
+def program_statistics(x_ptr, group, t0, t1, R, C, width, T: tl.constexpr):
+    """(k, delta, m2) [BLOCK_G] of a group's tiles [t0, t1), and tile t0 as it was read; reads each tile once."""
+    at, mask = tile(group, t0, R, C, width, T)
     first = load_tile(x_ptr, at, mask)  # [BLOCK_L, BLOCK_R]
     x = widen(first)
     before = filled(t0, R, width, T)
@@ -44,14 +44,25 @@ def program_statistics(x_ptr, t0, t1, R, C, width, T: tl.constexpr):
     shift = spread(k, T)
     s = tl.where(mask, x - shift, 0.0)  # [BLOCK_L, BLOCK_R] fp32
     q = s * s
-    for t in tl.range(t0 + 1, t1, loop_unroll_factor=2):  # four loads in flight
-        at, mask = tile(t, R, C, width, T)
-        d = tl.where(mask, widen(load_tile(x_ptr, at, mask)) - shift, 0.0)
-        s += d
-        q += d * d
+    if not T.ONCE:
+        UNROLL: tl.constexpr = 2 if T.STAGES == 1 else 1  # four loads in flight, or through shared memory more
+        for t in tl.range(t0 + 1, t1, num_stages=T.STAGES, loop_unroll_factor=UNROLL):
+            at, mask = tile(group, t, R, C, width, T)
+            d = tl.where(mask, widen(load_tile(x_ptr, at, mask)) - shift, 0.0)
+            s += d
+            q += d * d
     s = fold(s, T)
     delta = ratio(s, (filled(t1, R, width, T) - before).to(x.dtype))
     return k, delta, fold(q, T) - s * delta, first
+
+
+@triton.jit
+def store_partial(workspace_ptr, k, delta, m2, c, live, C):
+    """Store this program's partial (k, delta, m2) [BLOCK_G] in workspace [P, 3, C]."""
+    at = workspace_ptr + tl.program_id(1) * 3 * C + c
+    tl.store(at, k, mask=live)
+    tl.store(at + C, delta, mask=live)
+    tl.store(at + 2 * C, m2, mask=live)
 
 
 @triton.jit
@@ -92,7 +103,7 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
 def store_statistics(
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
 ):  # fmt: skip
-    """Store mean and rstd, update the running statistics (unbiased variance); return (mean, rstd) [BLOCK_G]."""
+    """Store mean and rstd, update the running statistics (unbiased variance) where live; return (mean, rstd)."""
     mean = k + delta
     rstd = reciprocal_std(ratio(m2, n), eps)
     tl.store(mean_ptr + c, mean, mask=live)
@@ -124,16 +135,14 @@ def statistics_kernel(
     workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float or None.  ticket: [groups] int32, zero before and after.
     Reads x once.
     """
-    c, live = channels(C, width, T)
+    group = tl.program_id(0)
+    c, live = channels(group, C, width, T)
     total = tile_count(R, width, T)
     t0 = tl.program_id(1) * tiles
-    k, delta, m2, _ = program_statistics(x_ptr, t0, tl.minimum(t0 + tiles, total), R, C, width, T)
-    at = workspace_ptr + tl.program_id(1) * 3 * C + c
-    tl.store(at, k, mask=live)
-    tl.store(at + C, delta, mask=live)
-    tl.store(at + 2 * C, m2, mask=live)
+    k, delta, m2, _ = program_statistics(x_ptr, group, t0, tl.minimum(t0 + tiles, total), R, C, width, T)
+    store_partial(workspace_ptr, k, delta, m2, c, live, C)
     tl.debug_barrier()  # every store of this program comes before the release below
-    ticket = ticket_ptr + tl.program_id(0)
+    ticket = ticket_ptr + group
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
         n = filled(total, R, width, T).to(m2.dtype)

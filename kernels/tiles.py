@@ -1,7 +1,8 @@
 """How a program sees its part of the tensor: tiles of lanes by rows, lanes folded into channels and spread back.
 
-Every kernel reads the tensor as [R, L]: R outer rows of L neighbouring elements, the lanes. Program (i, j) owns channel
-group i and, of that group's tiles, range j. Three geometries, told apart by the constants T (`tritonbn.geometry.Tile`):
+Every kernel reads the tensor as [R, L]: R outer rows of L neighbouring elements, the lanes. A program works on one
+channel group at a time, and on a range of that group's tiles. Three geometries, told apart by the constants T
+(`tritonbn.geometry.Tile`):
 
 plane   GROUP = 1                a program owns one channel of [N, C, S]; its lanes are the S positions, in blocks
 column  SPAN = FOLD = 1          a lane is a channel: [M, C]
@@ -26,9 +27,12 @@ def widen(x):
 
 
 @triton.jit
-def load_tile(ptr, at, mask):
-    """A tile in its own dtype, 0 where the mask is False."""
-    return tl.load(ptr + at, mask=mask, other=0.0)
+def load_tile(ptr, at, mask, LAST: tl.constexpr = False):
+    """A tile in its own dtype, 0 where the mask is False.
+
+    LAST: nothing reads it again soon, so what is written meanwhile shall displace it in L2, not what is yet to be read.
+    """
+    return tl.load(ptr + at, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
@@ -38,8 +42,8 @@ def store_tile(ptr, at, mask, value):
 
 
 @triton.jit
-def tile(t, R, C, width, T: tl.constexpr):
-    """Offsets [BLOCK_L, BLOCK_R] int64 and mask of tile t; lane blocks are the inner order.
+def tile(group, t, R, C, width, T: tl.constexpr):
+    """Offsets [BLOCK_L, BLOCK_R] int64 and mask of tile t of a channel group; lane blocks are the inner order.
 
     width is S / V in planes and L / V elsewhere: so the compiler knows that V divides both.
     """
@@ -50,13 +54,13 @@ def tile(t, R, C, width, T: tl.constexpr):
         blocks = tl.cdiv(S, T.BLOCK_L)
         row += t // blocks * T.BLOCK_R
         lane += t % blocks * T.BLOCK_L
-        start = tl.program_id(0).to(tl.int64) * S
+        start = group.to(tl.int64) * S
         length = S.to(tl.int64) * C
         live = lane < S
     else:
         EXTENT: tl.constexpr = T.FOLD * T.GROUP * T.SPAN
         row += t * T.BLOCK_R
-        start = tl.program_id(0).to(tl.int64) * EXTENT
+        start = group.to(tl.int64) * EXTENT
         length = width.to(tl.int64) * T.V
         live = (lane < EXTENT) & (start + lane < length)
     at = (start + lane)[:, None] + row.to(tl.int64)[None, :] * length
@@ -64,7 +68,7 @@ def tile(t, R, C, width, T: tl.constexpr):
 
 
 @triton.jit
-def bits(t, R, C, width, T: tl.constexpr):
+def bits(group, t, R, C, width, T: tl.constexpr):
     """Offsets [BLOCK_L / 8, BLOCK_R] int64 and mask of the bytes that hold a bit for each element of tile t.
 
     Bit i of a byte is lane 8 * j + i. Each row starts a byte; so does each channel group (in planes, each channel),
@@ -79,13 +83,14 @@ def bits(t, R, C, width, T: tl.constexpr):
         run = tl.cdiv(width * T.V, 8)
         length = run.to(tl.int64) * C
         live = byte < run
-        start = tl.program_id(0).to(tl.int64) * run
+        start = group.to(tl.int64) * run
     else:
         row += t * T.BLOCK_R
-        RUN: tl.constexpr = (T.FOLD * T.GROUP * T.SPAN + 7) // 8
-        start = tl.program_id(0).to(tl.int64) * RUN
-        length = tl.num_programs(0).to(tl.int64) * RUN
-        if T.FOLD * T.GROUP * T.SPAN % 8 == 0:
+        EXTENT: tl.constexpr = T.FOLD * T.GROUP * T.SPAN
+        RUN: tl.constexpr = (EXTENT + 7) // 8
+        start = group.to(tl.int64) * RUN
+        length = tl.cdiv(width.to(tl.int64) * T.V, EXTENT) * RUN
+        if EXTENT % 8 == 0:
             length = tl.cdiv(width.to(tl.int64) * T.V, 8)
         live = (byte < RUN) & (start + byte < length)
     at = (start + byte)[:, None] + row.to(tl.int64)[None, :] * length
@@ -93,20 +98,20 @@ def bits(t, R, C, width, T: tl.constexpr):
 
 
 @triton.jit
-def store_bits(ptr, tile, t, R, C, width, T: tl.constexpr):
+def store_bits(ptr, tile, group, t, R, C, width, T: tl.constexpr):
     """Store a tile of booleans, packed."""
     PER: tl.constexpr = 8 if T.BLOCK_L >= 8 else T.BLOCK_L
-    at, mask = bits(t, R, C, width, T)
+    at, mask = bits(group, t, R, C, width, T)
     shift = tl.arange(0, PER)[None, :, None]
     packed = tl.reshape(tile.to(tl.int32), [T.BLOCK_L // PER, PER, T.BLOCK_R]) << shift
     tl.store(ptr + at, tl.sum(packed, 1).to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def load_bits(ptr, t, R, C, width, T: tl.constexpr):
+def load_bits(ptr, group, t, R, C, width, T: tl.constexpr):
     """A tile of booleans [BLOCK_L, BLOCK_R] that `store_bits` stored; False outside of the tensor."""
     PER: tl.constexpr = 8 if T.BLOCK_L >= 8 else T.BLOCK_L
-    at, mask = bits(t, R, C, width, T)
+    at, mask = bits(group, t, R, C, width, T)
     packed = tl.load(ptr + at, mask=mask, other=0).to(tl.int32)
     unpacked = (packed[:, None, :] >> tl.arange(0, PER)[None, :, None]) & 1 != 0
     return tl.reshape(unpacked, [T.BLOCK_L, T.BLOCK_R])
@@ -135,10 +140,10 @@ def filled(t, R, width, T: tl.constexpr):
 
 
 @triton.jit
-def channels(C, width, T: tl.constexpr):
-    """The program's channels [BLOCK_G] int32, and which of them exist."""
+def channels(group, C, width, T: tl.constexpr):
+    """The channels [BLOCK_G] int32 of a group, and which of them exist."""
     g = tl.arange(0, T.BLOCK_G)
-    c = tl.program_id(0) * T.GROUP + g
+    c = group * T.GROUP + g
     if T.GROUP == T.BLOCK_L:  # lanes are channels: V divides C, and the compiler must know it
         return c, c < width * T.V
     else:

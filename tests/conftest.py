@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from tritonbn import launch
+from tritonbn import handles, launch, signature
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,13 @@ def device() -> torch.device:
 def one_thread() -> None:
     """Two workers on two cores: threads of torch's own would only fight."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """No test depends on what others made the library keep."""
+    signature.forget()
+    handles.forget()
 
 
 @pytest.fixture

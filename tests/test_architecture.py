@@ -38,10 +38,13 @@ ORDER = [
     "tickets",
     "traffic",
     "plan",
+    "model",
+    "choice",
     "geometry",
+    "device",
     "kernels",
 ]
-KERNEL_ORDER = ["normalize", "backward", "gradients", "activations", "statistics", "tiles"]
+KERNEL_ORDER = ["cooperative", "normalize", "backward", "gradients", "activations", "statistics", "tiles"]
 KERNELS = sorted(name for name in vars(launch) if name.endswith("_kernel"))
 
 

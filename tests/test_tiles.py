@@ -19,7 +19,7 @@ FOLDED = Tile(2, 3, 1, 2, 2, 8, 2, 4)
 @triton.jit(do_not_specialize=["t", "R", "C", "width"])  # type: ignore[untyped-decorator]
 def offsets_kernel(offsets_ptr, live_ptr, filled_ptr, t, R, C, width, T: tl.constexpr):  # type: ignore[no-untyped-def]
     """What program i thinks of tile t: offsets and mask [BLOCK_L, BLOCK_R], and the values before it."""
-    at, mask = tile(t, R, C, width, T)
+    at, mask = tile(tl.program_id(0), t, R, C, width, T)
     here = tl.program_id(0) * T.BLOCK_L * T.BLOCK_R
     here += tl.arange(0, T.BLOCK_L)[:, None] * T.BLOCK_R + tl.arange(0, T.BLOCK_R)[None, :]
     tl.store(offsets_ptr + here, at)

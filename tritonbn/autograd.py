@@ -1,6 +1,5 @@
 """What the backward needs and what it returns: the eager operation, differentiable to any order."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -42,7 +41,6 @@ def batch_norm(
         if residual is not None:
             residual = residual.contiguous(memory_format=found.memory_format)
     if found.records:
-        save_output = save_output and recoverable(x, weight, bias, given.activation)
         y: Tensor = _record(x, weight, bias, residual, given, save_output, found)
         return y
     return forward(x, weight, bias, residual, given, found=found)[0]
@@ -51,27 +49,6 @@ def batch_norm(
 def dense(x: Tensor) -> Tensor:
     """x without gaps in its memory format: itself, or one copy, which autograd knows of."""
     return x.contiguous(memory_format=memory_format_of(x))
-
-
-def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: Activation) -> bool:
-    """Whether y holds at least half of the digits of normalized x in every channel; waits for the GPU to know.
-
-    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies, nor
-    where nearly all of a channel is so far below zero that elu has no slope left.
-    """
-    if weight is None and bias is None:
-        return True
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    info = torch.finfo(x.dtype)
-    with torch.no_grad():
-        size = x.new_ones(x.shape[1]) if weight is None else weight.abs()
-        center = x.new_zeros(x.shape[1]) if bias is None else bias
-        # 1 / weight is computed from an approximation in float32.
-        hidden = (size < max(info.tiny / info.eps, 1e-30)) | (size > 1e30) | (size < info.eps**0.5 * center.abs())
-        if activation.name == "elu":
-            hidden |= center + 3 * size < math.log(info.eps) / 2
-        return not bool(hidden.any())
 
 
 def keeps_bits(residual: Tensor | None, activation: Activation) -> bool:
@@ -219,18 +196,11 @@ class BatchNorm(torch.autograd.Function):
         keep_bits = residual is not None and activation.two_valued
         y, bits, mean, rstd = forward(x, weight, bias, residual, given, True, keep_bits, True, found)
         needs_z = not keep_bits and activation != IDENTITY
+        # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
         ctx.save_for_backward(
-            y if save_output else x,
-            weight,
-            bias if needs_z or save_output else None,
-            residual if needs_z else None,
-            bits,
-            None if save_output else mean,
-            rstd,
-            # Not needed, but torch refuses a backward after a user changed them in place.
-            given.running_mean,
-            given.running_var,
-        )
+            y if save_output else x, weight, bias if needs_z or save_output else None, residual if needs_z else None,
+            bits, None if save_output else mean, rstd, given.running_mean, given.running_var,
+        )  # fmt: skip
         ctx.constants = given.training, activation, given.eps, found
         return y
 

@@ -1,19 +1,24 @@
 """Batch normalization as a function: `torch.nn.functional.batch_norm` with an activation and a residual."""
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
-from tritonbn.signature import NONE, Signature, known, signature
+from tritonbn.launch import memory_format_of
+from tritonbn.plan import fits
+from tritonbn.signature import NONE, Signature, known, parameter_dtype
 
 Save = Literal["input", "output"]
 
 _SAVES = get_args(Save)
 _NUMBERS = (float, int)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def batch_norm(
@@ -87,7 +92,8 @@ def batch_norm(
     given = autograd.Forward(running_mean, running_var, training, float(momentum), float(eps), act)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._len_torch_dispatch_stack() == 0:
-        return autograd.batch_norm(input, weight, bias, residual, given, save == "output", found)
+        save_output = save == "output" and found.records and recoverable(input, weight, bias, act)
+        return autograd.batch_norm(input, weight, bias, residual, given, save_output, found)
     result, new_mean, new_var = operators.apply(input, weight, bias, residual, given)
     for old, new in ((running_mean, new_mean), (running_var, new_var)):
         if training and old is not None:
@@ -131,9 +137,114 @@ def _signature(tensors: tuple[Any, ...], training: bool, momentum: float, eps: f
     ):
         return NONE
     if torch.compiler.is_compiling():
-        return signature(tensors, training)
-    return known(tensors, training) if torch.autograd.forward_ad._current_level < 0 else NONE
+        return _look(tensors, training)
+    return known(tensors, training, _look) if torch.autograd.forward_ad._current_level < 0 else NONE
+
+
+def _look(tensors: tuple[Any, ...], training: bool) -> Signature:
+    """The `Signature` of the tensors; when compiling they may be symbolic, and nothing must see each operation."""
+    x, running_mean, running_var, weight, bias, residual = tensors
+    grad = torch.is_grad_enabled()
+    if not torch.compiler.is_compiling() and not _is_plain([t for t in tensors if t is not None]):
+        return NONE
+    if not _fit(x, running_mean, running_var, weight, bias, residual, training) or (
+        grad and any(s is not None and s.requires_grad for s in (running_mean, running_var))
+    ):
+        return NONE
+    memory_format = memory_format_of(x)
+    return Signature(
+        True,
+        grad and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)),
+        all(t is None or t.is_contiguous(memory_format=memory_format) for t in (x, residual))
+        and all(v is None or v.is_contiguous() for v in tensors[1:5]),
+        memory_format,
+        parameter_dtype(x, weight, bias),
+        {},
+    )
+
+
+def _is_plain(given: list[Any]) -> bool:
+    """Whether nothing must see each operation: no subclass, lazy negation, transform (nor what one left) or trace.
+
+    Nor tensors of inference mode that autograd would have to save: torch refuses those before it writes anything.
+    """
+    return (
+        all(type(t) in (Tensor, Parameter) and not t.is_neg() for t in given)
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+        and not (torch.is_grad_enabled() and any(t.is_inference() for t in given))
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _fit(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+) -> bool:
+    """Whether shapes, strides, dtypes and devices are those that the kernels take."""
+    numel = x.numel()
+    if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
+        return False
+    N, C = x.shape[0], x.shape[1]
+    if not fits(N, C, numel // (N * C)):
+        return False
+    if training:
+        if numel == C or (running_mean is None) != (running_var is None):
+            return False
+    elif running_mean is None or running_var is None:
+        return False
+    if not _vectors_fit(x, C, running_mean, running_var, weight, bias) or not _residual_fits(x, residual):
+        return False
+    statistics = [s for s in (running_mean, running_var) if s is not None]
+    return C == 1 or all(s.stride(0) != 0 for s in statistics)  # expanded: updates would meet in one place
+
+
+def _residual_fits(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the residual, whose shape was checked, is of the dtype, device and kind of x."""
+    return residual is None or (
+        residual.dtype == x.dtype and residual.device == x.device and residual.layout is torch.strided
+    )
+
+
+def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
+    """Whether weights and statistics are [C] on the device of x, all in its dtype or all in float32 for 16-bit x."""
+    given = [v for v in vectors if v is not None]
+    allowed = (x.dtype, torch.float32) if x.itemsize == 2 else (x.dtype,)
+    return all(
+        isinstance(v, Tensor)
+        and v.shape == (C,)
+        and v.dtype in allowed
+        and v.dtype == given[0].dtype
+        and v.device == x.device
+        for v in given
+    )
 
 
 def _on_several_devices(*tensors: Tensor | None) -> bool:
     return len({t.device for t in tensors if isinstance(t, Tensor)}) > 1
+
+
+def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: Activation) -> bool:
+    """Whether y holds at least half of the digits of normalized x in every channel; waits for the GPU to know.
+
+    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies, nor
+    where nearly all of a channel is so far below zero that elu has no slope left.
+    """
+    if weight is None and bias is None:
+        return True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    info = torch.finfo(x.dtype)
+    with torch.no_grad():
+        size = x.new_ones(x.shape[1]) if weight is None else weight.abs()
+        center = x.new_zeros(x.shape[1]) if bias is None else bias
+        # 1 / weight is computed from an approximation in float32.
+        hidden = (size < max(info.tiny / info.eps, 1e-30)) | (size > 1e30) | (size < info.eps**0.5 * center.abs())
+        if activation.name == "elu":
+            hidden |= center + 3 * size < math.log(info.eps) / 2
+        return not bool(hidden.any())

@@ -12,9 +12,9 @@ NARROW_BYTES_PER_THREAD = 16
 MAX_LANE_BYTES = 8 << 10
 # Samples are read side by side if one program may merge all channels: few, or no merge because it has all of a tensor.
 MAX_FOLDED_CHANNELS = 64
-# What one program owns is one tile up to here, kept in registers; twice as much spills in some kernels. It is shared
-# by what is kept: x, or in the backward dy and x.
-RESIDENT_BYTES = 16 << 10
+# What one program owns is one tile up to here, kept in registers: of x, or in the backward of dy and of x. Twice as
+# much spills in most kernels.
+RESIDENT_BYTES = 32 << 10
 
 
 class Tile(NamedTuple):
@@ -28,6 +28,8 @@ class Tile(NamedTuple):
     BLOCK_L: int  # lanes of a tile
     BLOCK_G: int  # GROUP as a power of two
     BLOCK_F: int  # SPAN * FOLD as a power of two
+    ONCE: bool = False  # all that a program reads is one tile
+    STAGES: int = 1  # of the loads in a reduction's loop
 
 
 def geometry(N: int, C: int, S: int, itemsize: int) -> tuple[Tile, int]:

@@ -13,17 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from tritonbn.model import WARPS_PER_SM
 from tritonbn.occupancy import resident_programs
 from tritonbn.plan import Plan
 
 # Entries, one for each kernel, plan and sort of arguments; beyond it (shapes that never repeat) all are forgotten.
 LIMIT = 4096
-# 32-bit registers of an SM; no program may want more, and no thread more than 255.
-REGISTERS = 1 << 16
 
 _HIP = torch.version.hip is not None
 # Launch hooks are None or a function, from Triton 3.5 on a chain of functions, `calls`.
@@ -61,36 +59,39 @@ def forget() -> None:
     _fitting.clear()
 
 
-def options(num_warps: int, num_ctas: int = 1, cooperative: bool = False) -> dict[str, Any]:
-    """What Triton is told beside the arguments.
-
-    Products and sums are fused in all kernels alike. NVIDIA's assembler would rather spill a few values than exceed a
-    register count of its own choosing; of all that there are, most split reductions still take 128: see `plan.py`.
-    """
-    found: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
+def options(plan: Plan) -> dict[str, Any]:
+    """What Triton is told beside the kernel's constants."""
+    # Products and sums are fused in all kernels alike.
+    given: dict[str, Any] = {"num_warps": plan.num_warps, "enable_fp_fusion": True}
     if not _HIP:
-        found["maxnreg"] = min(255, REGISTERS // (32 * num_warps))
-    if num_ctas > 1:
-        found["num_ctas"] = num_ctas
-    if cooperative:
-        found["launch_cooperative_grid"] = True
-    return found
+        # NVIDIA's assembler would rather spill a few values than exceed a register count of its own choosing; of all
+        # that there are for so many threads, most kernels still take 128. Cooperative ones must: they count on it.
+        warps = max(plan.num_warps, WARPS_PER_SM) if plan.cooperative else plan.num_warps
+        given["maxnreg"] = min(255, 65536 // (32 * warps))
+    if plan.cooperative:
+        given["launch_cooperative_grid"] = True
+    if plan.ctas > 1:
+        given["num_ctas"] = plan.ctas
+    return given
 
 
-def start(
-    kernel: Any, grid: tuple[int, ...], plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
-) -> None:
-    """Launch `kernel` on the current device, whose index is `device`; args: tensors, None and numbers, in its order.
+def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
 
     constants: its compile-time arguments beside T, which is the plan's tile.
     """
+    device = args[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            start(kernel, grid, plan, args, constants)
+        return
     if not _direct(kernel):
-        kernel[grid](*args, **_keywords(plan, constants))
+        kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         return
     key, values = _key(kernel, plan, device, args, constants)
     handle = _handles.get(key)
     if handle is None:
-        compiled = kernel[grid](*args, **_keywords(plan, constants))
+        compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         _keep(key, kernel, plan, compiled, args, constants)
         return
     _, run, function, metadata, fixed = handle
@@ -101,18 +102,20 @@ def start(
 
 
 def fits_at_once(
-    kernel: Any, grid: tuple[int, ...], plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]
 ) -> bool:
-    """Whether all programs of the launch are resident together, as a cooperative one must be; compiles if needed.
+    """Whether all programs of this `start` are resident together, as cooperative ones must be; compiles if needed.
 
     False where it is not known: in the interpreter, which runs programs one after the other, and on AMD.
     """
     if not isinstance(kernel, triton.JITFunction) or _HIP:
         return False
+    device = args[0].get_device()
     key = *_key(kernel, plan, device, args, constants)[0], grid
     known = _fitting.get(key)
     if known is None:
-        compiled = kernel.warmup(*args, grid=grid, **_keywords(plan, constants))
+        with torch.cuda.device(device):
+            compiled = kernel.warmup(*args, grid=grid, T=plan.tile, **constants, **options(plan))
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         compiled.run  # noqa: B018  # loads it: registers are known then
         at_once = resident_programs(
@@ -172,11 +175,6 @@ def _know(kernel: Any) -> Kernel:
         raise TypeError(f"{kernel.__name__}: expected tensors *_ptr, sizes, numbers typed fp*, constants in this order")
     known = _kernels[id(kernel)] = Kernel(kernel, tensors, tensors + kinds.count("s"))
     return known
-
-
-def _keywords(plan: Plan, constants: dict[str, Any]) -> dict[str, Any]:
-    how = options(plan.num_warps, getattr(plan, "ctas", 1), getattr(plan, "cooperative", False))
-    return {"T": plan.tile, **constants, **how}
 
 
 def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:

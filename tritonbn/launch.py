@@ -1,7 +1,8 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. A `plan` that is not given is looked up. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`.
+dy are laid out as x. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`. A `plan` that
+is not given is looked up.
 """
 
 from functools import lru_cache
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from tritonbn import handles
 from tritonbn.activations import IDENTITY, Activation
+from tritonbn.device import Device, described
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
+from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
-from tritonbn.plan import Device, Layout, Operation, Plan, make_plan
-from tritonbn.tickets import scratch
+from tritonbn.plan import Layout, Operation, Plan, make_plan
+from tritonbn.tickets import Purpose, scratch
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
@@ -65,16 +68,20 @@ def forward(
     plan = plan or plan_for("forward", x)
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vectors(x, running_mean)
-    if plan.path == "single":
+    operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
+    if plan.cooperative:
         _launch(
-            forward_kernel, (plan.groups,), plan,
-            x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var, *_sizes(plan), eps, momentum,
-            ACT=activation,
+            cooperative_forward_kernel, plan.grid, plan,
+            *operands, *_scratch(x, plan, 3, "semaphores", pooled), *_sizes(plan), plan.reduce_tiles,
+            plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
+        return y, bits, mean, rstd
+    if plan.launches == 1:
+        _launch(forward_kernel, (plan.groups,), plan, *operands, *_sizes(plan), eps, momentum, ACT=activation)
         return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
-        x, mean, rstd, running_mean, running_var, *_scratch(x, plan, 3, pooled),
+        x, mean, rstd, running_mean, running_var, *_scratch(x, plan, 3, "tickets", pooled),
         *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
@@ -124,18 +131,24 @@ def backward(
     plan = plan or plan_for("backward", x, costs(activation, bits))
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
-    if plan.path == "single" and training and dx is not None:
+    outputs = dx, dresidual, dweight, dbias
+    operands = dy, x, residual, bits, *vectors
+    if plan.cooperative and training and dx is not None:
         _launch(
-            backward_kernel, (plan.groups,), plan,
-            dy, x, residual, bits, *vectors, dx, dresidual, dweight, dbias, *_sizes(plan), ACT=activation,
+            cooperative_backward_kernel, plan.grid, plan,
+            *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *_sizes(plan),
+            plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
+        return gradients
+    if plan.launches == 1 and training and dx is not None:
+        _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
         return gradients
     sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if training and dx is not None else None
     if not (dweight is None and dbias is None and sums is None):
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
             dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
-            *_scratch(x, plan, 2, pooled), *_sizes(plan), plan.reduce_tiles,
+            *_scratch(x, plan, 2, "tickets", pooled), *_sizes(plan), plan.reduce_tiles,
             ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
         if sums is None:
@@ -184,22 +197,8 @@ def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
-    """The one place where a kernel starts: on the device of its first argument."""
-    device = args[0].get_device()
-    if device < 0 or device == torch.cuda.current_device():
-        handles.start(kernel, grid, plan, device, args, constants)
-    else:
-        with torch.cuda.device(device):
-            handles.start(kernel, grid, plan, device, args, constants)
-
-
-def fits_at_once(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> bool:
-    """Whether all programs of this `_launch` are resident together, as cooperative ones must be; compiles if needed."""
-    device = args[0].get_device()
-    if device < 0 or device == torch.cuda.current_device():
-        return handles.fits_at_once(kernel, grid, plan, device, args, constants)
-    with torch.cuda.device(device):
-        return handles.fits_at_once(kernel, grid, plan, device, args, constants)
+    """The one place where a kernel starts."""
+    handles.start(kernel, grid, plan, args, constants)
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
@@ -216,11 +215,9 @@ def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | No
 def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] in the dtype of the arithmetic on x; soonest made by copying another [C]."""
     dtype = arithmetic_dtype(x)
-    if like is not None and like.dtype is dtype:
-        mean = torch.empty_like(like)
-    else:
-        mean = torch.empty(x.shape[1], dtype=dtype, device=x.device)
-    return mean, torch.empty_like(mean)
+    if like is None or like.dtype is not dtype:
+        like = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+    return torch.empty_like(like), torch.empty_like(like)
 
 
 def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
@@ -233,14 +230,20 @@ def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradi
     return Gradients(like_x(wanted[0]), vector(wanted[1]), vector(wanted[2]), like_x(wanted[3]))
 
 
-def _scratch(x: Tensor, plan: Plan, values: int, pooled: bool) -> tuple[Tensor, Tensor]:
-    """Room for partial results [P, values, C] in the dtype of the arithmetic on x, and tickets [groups]."""
-    return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), plan.groups, pooled)
+def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Room for partial results [P, values, C] in the dtype of the arithmetic on x, and counters of the groups."""
+    counters = plan.slots if purpose == "semaphores" else plan.groups
+    return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), purpose, counters, pooled)
 
 
 @lru_cache(maxsize=64)
 def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device()
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, properties.multi_processor_count)
+    clusters = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
+    if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
+        return Device(cooperative=device.type != "cpu", clusters=clusters)
+    p = torch.cuda.get_device_properties(device)
+    data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
+    nvidia = not torch.version.hip
+    return described(
+        p.name, p.multi_processor_count, getattr(p, "L2_cache_size", 0), data_sheet, nvidia, clusters and p.major >= 9
+    )

@@ -1,12 +1,13 @@
 """Bytes of full tensors that an operation moves by its plan: the price of batch norm. Vectors of size C are left out.
 
-With s bytes per element: forward 3s (2s where one tile holds a channel group's slice), and s for a residual; backward
-5s (3s), and with a residual and ReLU 6s + 1/8 (4s + 1/8), where the first pass writes what the second one reads.
+With s bytes per element: forward 3s (2s where a program's tile holds its share), and s for a residual; backward 5s
+(3s), and with a residual and ReLU 6s + 1/8 (4s + 1/8), where the first pass writes what the second one reads. Of these,
+the path "stream" finds what it reads again in L2: memory moves what it moves for a tile that holds everything.
 """
 
 from typing import NamedTuple
 
-from tritonbn.plan import Plan
+from tritonbn.choice import Plan
 
 
 class Operands(NamedTuple):
@@ -55,13 +56,20 @@ def _values(plan: Plan) -> int:
 
 
 def _again(plan: Plan) -> tuple[int, int]:
-    """Values, and bytes of bits, that a second pass reads: all, or on one launch all but those of the first tiles."""
+    """Values, and bytes of bits, that a second pass reads: all, or on one launch all but each program's first tile."""
     if plan.path == "split":
         return _values(plan), plan.bit_bytes
     tile, C = plan.tile, plan.shape[1]
-    rows = min(tile.BLOCK_R, plan.rows)
-    if tile.GROUP == 1:
-        S = plan.width * tile.V
-        lanes = min(tile.BLOCK_L, S)
-        return _values(plan) - rows * lanes * C, plan.bit_bytes - rows * C * -(-lanes // 8)
-    return _values(plan) * (plan.rows - rows) // plan.rows, plan.bit_bytes * (plan.rows - rows) // plan.rows
+    values, bits = _values(plan), plan.bit_bytes
+    S = plan.width * tile.V
+    blocks = -(-S // tile.BLOCK_L) if tile.GROUP == 1 else 1
+    for first in range(0, plan.tiles, plan.reduce_tiles):
+        rows = min(tile.BLOCK_R, plan.rows - first // blocks * tile.BLOCK_R)
+        if tile.GROUP == 1:
+            lanes = min(tile.BLOCK_L, S - first % blocks * tile.BLOCK_L)
+            values -= rows * lanes * C
+            bits -= rows * C * -(-lanes // 8)
+        else:
+            values -= _values(plan) // plan.rows * rows
+            bits -= plan.bit_bytes // plan.rows * rows
+    return values, bits

@@ -1,0 +1,131 @@
+"""Every path gives the same numbers: each forced, against the exact result and for each way to take turns."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import cases
+from tests.cases import Layout
+from tests.launches import recorded
+from tests.test_determinism import step
+from tests.test_epilogue import check as check_epilogue
+from tests.test_numerics import check
+from tests.together import together
+from tritonbn import launch
+from tritonbn.activations import resolve
+from tritonbn.choice import Choice
+from tritonbn.device import Device
+from tritonbn.plan import forced, make_plan
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+# Tiles of a few rows, so that small tensors have many.
+CHOICES = {
+    "cooperative": Choice("cooperative", 4, 64, 1, splits=1 << 20),
+    "stream": Choice("stream", 4, 64, 1, splits=3, slots=2),
+    "stream-one-slot": Choice("stream", 2, 64, 1, splits=2, slots=1),
+    "stream-one-program": Choice("stream", 4, 64, 1, splits=1),
+    "cluster": Choice("cluster", 1 << 20, 1 << 20, 4, ctas=2),
+    "staged": Choice("split", 2, 64, 1, splits=2, apply_tiles=2, stages=3),
+}
+KERNELS = {
+    "cooperative": ["cooperative_forward_kernel", "cooperative_backward_kernel"],
+    "stream": ["cooperative_forward_kernel", "cooperative_backward_kernel"],
+    "cluster": ["forward_kernel", "backward_kernel"],
+    "split": ["statistics_kernel", "normalize_kernel", "gradient_sums_kernel", "input_gradient_kernel"],
+}
+
+
+@contextmanager
+def on(name: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[None]:
+    """Every plan takes the choice of that name; interpreted programs take turns."""
+    choice = CHOICES[name]
+    with ExitStack() as stack:
+        if launch.INTERPRETED:
+            monkeypatch.setattr(launch, "_device", lambda device: Device(cooperative=True, clusters=True))
+            stack.enter_context(together(seed))
+        elif choice.ctas > 1 and not launch._device(torch.device("cuda")).clusters:
+            pytest.skip("this GPU or Triton cannot reduce over the CTAs of a program")
+        stack.enter_context(forced(choice=choice))
+        yield
+
+
+LAYOUTS: list[Any] = cases.LAYOUTS
+CLUSTERED: list[Any] = [p for p in LAYOUTS if p.id in ("rows", "rows-two-groups", "planes-ncl", "planes-prime")]
+EACH = [
+    pytest.param(name, *layout.values, id=f"{name}-{layout.id}")
+    for name in CHOICES
+    for layout in (CLUSTERED if name == "cluster" else LAYOUTS)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "layout"), EACH)
+def test_layouts(
+    name: str, layout: Layout, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on(name, monkeypatch), recorded() as kernels:
+        check(layout, cases.gaussian(0.5, 2.0), dtype, device)
+    assert kernels[: len(KERNELS[CHOICES[name].path])] == KERNELS[CHOICES[name].path]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("name", ["cooperative", "stream"])
+@pytest.mark.parametrize("layout", cases.FEW_LAYOUTS)
+def test_epilogues(
+    layout: Layout, name: str, activation: str, residual: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on(name, monkeypatch):
+        check_epilogue(layout, resolve(activation), residual, torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ["cooperative", "stream"])
+@pytest.mark.parametrize("fill", cases.FILLS)
+def test_hard_data(fill: cases.Fill, name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        CHOICES, name, CHOICES[name]._replace(block_r=16)
+    )  # as many values as real tiles have, or fewer
+    for layout in (Layout((100, 100)), Layout((60, 10, 7, 7))):
+        with on(name, monkeypatch):
+            check(layout, fill, torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ["cooperative", "stream", "stream-one-slot", "staged"])
+@pytest.mark.parametrize("layout", cases.FEW_LAYOUTS)
+def test_whoever_comes_first(layout: Layout, name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whatever the order of the programs, and counters that the next launch can use as they are."""
+
+    def run(seed: int) -> list[Tensor]:
+        with on(name, monkeypatch, seed):
+            return step(layout, torch.float32, device)
+
+    first = run(0)
+    for seed in range(1, 6):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(seed), strict=True))
+
+
+def test_without_cooperation_nothing_waits() -> None:
+    """Programs that run one after another would wait for ever: no plan, forced or not, may ask for it."""
+    alone = Device(cooperative=False)
+    for path in ("cooperative", "stream"):
+        with forced(path), pytest.raises(ValueError, match=f"path {path} cannot run forward of .* on NVIDIA H200"):
+            make_plan("forward", "planes", (256, 64, 3136), 2, alone)
+        with forced(choice=CHOICES[path]), pytest.raises(ValueError, match="waits for other programs"):
+            make_plan("forward", "rows", (24, 32, 1), 2, alone)
+    for shape in ((256, 64, 12544), (256, 64, 3136), (256, 512, 49), (60, 100, 1)):
+        assert make_plan("forward", "planes", shape, 2, alone).path in ("single", "split")
+    assert not launch._device(torch.device("cpu")).cooperative
+
+
+def test_clusters_need_a_triton_that_reduces_across_them() -> None:
+    with forced("cluster"), pytest.raises(ValueError, match="path cluster cannot run"):
+        make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=False))
+    with forced(choice=CHOICES["cluster"]), pytest.raises(ValueError, match="2 CTAs"):
+        make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=False))
+    with forced("cluster"):
+        assert make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=True)).ctas > 1

@@ -1,0 +1,198 @@
+"""A problem, what there is to choose, and the plan that follows: pure Python, no tensors, no CUDA."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from tritonbn.geometry import Tile, geometry, power_of_two
+
+Operation = Literal["forward", "backward", "inference"]
+Layout = Literal["rows", "planes"]
+Path = Literal["single", "cluster", "cooperative", "stream", "split"]
+
+# The second axis of a CUDA grid.
+GRID_LIMIT = 65535
+
+
+class Problem(NamedTuple):
+    """An operation on [N, C, S] (rows: S = 1, and N counts all values of a channel)."""
+
+    operation: Operation
+    layout: Layout
+    shape: tuple[int, int, int]
+    itemsize: int  # bytes of an element
+    costly: bool = False  # a backward that computes exponentials for each element
+
+    @property
+    def data(self) -> int:
+        """Bytes of a tensor."""
+        N, C, S = self.shape
+        return N * C * S * self.itemsize
+
+    @property
+    def operands(self) -> int:
+        """Tensors that the reduction reads: x, or dy and x."""
+        return 2 if self.operation == "backward" else 1
+
+    @property
+    def view(self) -> tuple[int, int, int]:
+        """(N, C, S); one channel is one plane, whatever the layout."""
+        N, C, S = self.shape
+        return (1, 1, N * S) if C == 1 else (N, C, S)
+
+    @property
+    def geometry(self) -> tuple[Tile, int]:
+        """Tile (but for its rows) and width, see `geometry`."""
+        return geometry(*self.view, self.itemsize)
+
+    @property
+    def rows(self) -> int:
+        """R, outer rows of the kernels' view [R, L]."""
+        return self.view[0] // self.geometry[0].FOLD
+
+
+class Choice(NamedTuple):
+    """What a plan is free to choose, and a table of measured plans holds."""
+
+    path: Path
+    block_r: int  # rows of a tile
+    block_l: int  # lanes of a tile
+    num_warps: int
+    splits: int = 1  # programs that share the reduction of a channel group
+    apply_tiles: int = 1  # tiles per program of an elementwise pass
+    slots: int = 0  # channel groups that are worked on at a time; 0: all
+    ctas: int = 1  # of a program
+    stages: int = 1  # of the loads in a reduction's loop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run an operation on [N, C, S] (rows: S = 1): the answer of `make_plan`."""
+
+    operation: Operation
+    layout: Layout
+    path: Path
+    shape: tuple[int, int, int]  # N, C, S
+    itemsize: int  # bytes of an element
+    rows: int  # R, outer rows of the kernels' view [R, L]
+    width: int  # S / V in planes of one channel, else L / V
+    tile: Tile
+    num_warps: int
+    groups: int  # channel groups
+    tiles: int  # tiles of a channel group
+    reduce_tiles: int  # tiles per program of a reduction
+    apply_tiles: int  # tiles per program of an elementwise pass
+    merge_block: int  # partials that are merged at a time
+    slots: int  # channel groups that are worked on at a time: the first axis of a cooperative grid
+    ctas: int  # of a program
+    choice: Choice = field(compare=False, repr=False)
+
+    @property
+    def splits(self) -> int:
+        """Programs that share the reduction of a channel group."""
+        return -(-self.tiles // self.reduce_tiles)
+
+    @property
+    def apply_splits(self) -> int:
+        """Programs that share the elementwise pass over a channel group."""
+        return -(-self.tiles // self.apply_tiles)
+
+    @property
+    def launches(self) -> int:
+        """Kernels that run, one after the other."""
+        return 2 if self.path == "split" and self.operation != "inference" else 1
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether programs wait for each other, so that all must be on the GPU at a time."""
+        return self.path in ("cooperative", "stream")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs of the reduction, or of the only launch."""
+        if self.operation == "inference":
+            return self.groups, self.apply_splits
+        return (self.slots if self.cooperative else self.groups), self.splits
+
+    @property
+    def geometry(self) -> str:
+        """plane, column or folded, as in `kernels/tiles.py`."""
+        if self.tile.GROUP == 1:
+            return "plane"
+        return "column" if self.tile.SPAN * self.tile.FOLD == 1 else "folded"
+
+    @property
+    def access_bits(self) -> int:
+        """Bits of the tiles' loads and stores, for 16-byte aligned tensors."""
+        return min(128, 8 * self.itemsize * self.tile.V)
+
+    @property
+    def bit_bytes(self) -> int:
+        """Bytes that hold a bit per element, laid out as in `kernels/tiles.py`: the same for all plans of a tensor.
+
+        numel / 8 where the lanes of a channel group are whole bytes; else each group's lanes, or each channel's in
+        planes, end with a byte that is not full.
+        """
+        tile = self.tile
+        if tile.GROUP == 1:
+            return self.rows * self.groups * -(-self.width * tile.V // 8)
+        lanes = tile.GROUP * tile.SPAN * tile.FOLD
+        return self.rows * (-(-self.width * tile.V // 8) if lanes % 8 == 0 else self.groups * -(-lanes // 8))
+
+    def __str__(self) -> str:
+        N, C, S = self.shape
+        shape = f"[{N}, {C}]" if self.layout == "rows" else f"[{N}, {C}, {S}]"
+        size = f"{self.num_warps} warps" + f" x {self.ctas} CTAs" * (self.ctas > 1)
+        return (
+            f"{self.operation} {self.layout} {shape} x {self.itemsize} bytes: path {self.path}, {self.launches} launch"
+            f"{'es' if self.launches == 2 else ''}, {self.grid[0]} x {self.grid[1]} programs of {size}, "
+            f"{self.geometry} tiles {self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), "
+            f"{self.access_bits}-bit access"
+        )
+
+
+@lru_cache(maxsize=4096)
+def build(problem: Problem, choice: Choice) -> Plan:
+    """The plan for `problem` by `choice`; blocks and splits are cut to its size.
+
+    Raises ValueError where the path cannot run it: a slice that its tile does not hold.
+    """
+    tile, width = problem.geometry
+    rows, C = problem.rows, problem.view[1]
+    block_r, block_l = min(choice.block_r, power_of_two(rows)), choice.block_l
+    if tile.GROUP == 1:
+        block_l = min(block_l, max(8, power_of_two(problem.view[2])))
+    elif tile.SPAN * tile.FOLD == 1:  # lanes are channels
+        block_l = min(block_l, power_of_two(C))
+        tile = tile._replace(GROUP=block_l, BLOCK_G=block_l)
+    else:
+        block_l = tile.BLOCK_L
+    groups = -(-C // tile.GROUP)
+    extent = problem.view[2] if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
+    tiles = -(-rows // block_r) * -(-extent // block_l)
+    splits = 1 if choice.path in ("single", "cluster") else min(choice.splits, tiles, GRID_LIMIT)
+    reduce_tiles = -(-tiles // splits)
+    resident = choice.path != "split" and reduce_tiles == 1
+    if not resident and choice.path in ("cluster", "cooperative"):
+        raise ValueError(f"path {choice.path} needs one tile for a program's share, but got {reduce_tiles}")
+    if choice.ctas > 1 and tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
+        raise ValueError("path cluster cannot gather channels across the CTAs of a program")
+    return Plan(
+        problem.operation,
+        problem.layout,
+        choice.path,
+        problem.shape,
+        problem.itemsize,
+        rows,
+        width,
+        tile._replace(BLOCK_R=block_r, BLOCK_L=block_l, ONCE=resident, STAGES=choice.stages),
+        choice.num_warps,
+        groups,
+        tiles,
+        reduce_tiles,
+        apply_tiles=max(1, min(choice.apply_tiles, tiles), -(-tiles // GRID_LIMIT)),
+        merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
+        slots=min(choice.slots or groups, groups),
+        ctas=choice.ctas,
+        choice=choice,
+    )

@@ -1,0 +1,39 @@
+"""What a plan must know of a GPU."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU; the default is the one that plans are made for where there is none."""
+
+    name: str = "NVIDIA H200"
+    sms: int = 132
+    l2_bytes: int = 60 << 20
+    bandwidth: float = 4.3e12  # bytes per second that a large copy reads and writes
+    cooperative: bool = True  # can launch a grid whose programs wait for each other
+    clusters: bool = False  # and programs of several CTAs, with a Triton that reduces across them
+
+
+H200 = Device()
+
+# Bandwidth: a copy's share of the data sheet's figure is 0.9 where it is known (H100 and H200: 3.0 of 3.35 and 4.3 of
+# 4.8 TB/s), so 0.9 elsewhere; an estimate until `python -m bench ops` measures it. SMs and L2 from the data sheets.
+KNOWN = (
+    Device("NVIDIA A100-SXM4-80GB", 108, 40 << 20, 1.8e12),
+    Device("NVIDIA H100 80GB HBM3", 132, 50 << 20, 3.0e12),
+    H200,
+    Device("NVIDIA B200", 148, 126 << 20, 7.2e12),
+    # L2 is 4 MB per die here, and the 256 MB behind it is shared with the memory side: no second pass is planned on it.
+    Device("AMD Instinct MI300X", 304, 4 << 20, 4.8e12),
+)
+
+
+def described(
+    name: str, sms: int, l2_bytes: int, data_sheet_bandwidth: float, cooperative: bool, clusters: bool
+) -> Device:
+    """The device of that name: known ones by the table, others by what the driver says (0: it says nothing)."""
+    known = next((device for device in KNOWN if device.name == name), None)
+    # A GPU of which nothing is known has memory for its multiprocessors as an A100 has.
+    bandwidth = known.bandwidth if known else 0.9 * data_sheet_bandwidth or sms * 1.6e10
+    return Device(name, sms, (known.l2_bytes if known else l2_bytes) or 4 << 20, bandwidth, cooperative, clusters)

@@ -1,0 +1,182 @@
+"""Which plans there are for a problem, and how long each should take: the plan where nothing was measured.
+
+The time is bytes / bandwidth, with the bandwidth that the bytes in flight allow, plus launches, barriers and merges.
+Every constant is an estimate, none was measured; `tritonbn.tune` replaces what follows from them by measurements.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import ceil
+
+from tritonbn.choice import Choice, Path, Plan, Problem, build
+from tritonbn.device import Device
+from tritonbn.geometry import (
+    BYTES_PER_THREAD,
+    NARROW_BYTES_PER_THREAD,
+    RESIDENT_BYTES,
+    WARPS,
+    power_of_two,
+)
+
+# Seconds of a launch inside of a CUDA graph, of a barrier, and until a load from memory, or from L2, returns.
+LAUNCH = 3e-6
+BARRIER = 1.5e-6
+LATENCY = 700e-9
+L2_LATENCY = 300e-9
+# L2 delivers so many times what memory does; a part of it is filled by what is written, and by other kernels.
+L2_SPEED = 1.5
+L2_SHARE = 0.6
+# One SM can take so many times its share of the bandwidth.
+SM_REACH = 1.5
+# Most kernels take 128 registers at most (`python -m bench codegen`): that many warps per SM.
+WARPS_PER_SM = 16
+# A wave of split reductions should be full.
+FULL_WAVE = 0.95
+# Most tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
+APPLY_TILES = 4
+CLUSTERS = (2, 4, 8)
+# A cooperative grid starts when all of the GPU is free for it: it must promise more than the estimate may be wrong by.
+DOUBT = 1.1
+
+
+@lru_cache(maxsize=4096)
+def best(problem: Problem, device: Device, path: Path | None = None, splits: int | None = None) -> Plan:
+    """The plan that should take the least time, of those with the given path and splits if there are such.
+
+    Raises ValueError where the path cannot run the problem on the device.
+    """
+    plans = [plan for plan in plans_for(problem, device, splits) if path in (None, plan.path)]
+    if not plans:
+        raise ValueError(f"path {path} cannot run {problem.operation} of {list(problem.shape)} on {device.name}")
+    return min(plans, key=lambda plan: seconds(plan, problem, device) * (DOUBT if plan.cooperative else 1.0))
+
+
+def plans_for(problem: Problem, device: Device, splits: int | None = None) -> Iterator[Plan]:
+    """Plans of every path that can run the problem on the device; reductions of split ones have `splits` programs."""
+    for choice in _choices(problem, device, splits):
+        try:
+            yield build(problem, choice)
+        except ValueError:
+            continue
+
+
+def _choices(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
+    streamed = _streamed(problem, device)
+    yield streamed._replace(path="split", splits=splits or _splits(problem, streamed, device))
+    if problem.operation == "inference":
+        return
+    yield streamed._replace(path="single")
+    resident = [_resident(problem, share) for share in (1, *CLUSTERS)]
+    if resident[0] is not None:
+        yield resident[0]
+    for choice in resident[1:]:
+        if choice is not None and device.clusters:
+            yield choice
+    if device.cooperative:
+        yield from _cooperative(problem, device, splits)
+
+
+def _streamed(problem: Problem, device: Device, narrow: bool = False) -> Choice:
+    """Tiles of two 128-bit loads a thread; half where accesses are narrow or derivatives take exponentials."""
+    tile, rows = problem.geometry[0], problem.rows
+    wide = tile.V * problem.itemsize >= 8 and not problem.costly and not narrow
+    per_thread = BYTES_PER_THREAD if wide else NARROW_BYTES_PER_THREAD
+    row_bytes = tile.BLOCK_L * problem.itemsize
+    block_r = max(1, min(power_of_two(rows), 32 * WARPS * per_thread // row_bytes))
+    num_warps = max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
+    choice = Choice("split", block_r, tile.BLOCK_L, num_warps)
+    plan = build(problem, choice)
+    return choice._replace(apply_tiles=max(1, min(APPLY_TILES, plan.tiles * plan.groups // (4 * device.sms))))
+
+
+def _resident(problem: Problem, ctas: int) -> Choice | None:
+    """One tile for all of a group's slice, in registers of one CTA or several; None if it is too large or too small."""
+    tile = problem.geometry[0]
+    block_l = power_of_two(problem.view[2]) if tile.GROUP == 1 else tile.BLOCK_L
+    block_r = power_of_two(problem.rows)
+    size = block_r * block_l * problem.itemsize
+    if size > ctas * RESIDENT_BYTES or (ctas > 1 and 2 * size <= ctas * RESIDENT_BYTES):
+        return None
+    per_thread = NARROW_BYTES_PER_THREAD if problem.operation == "backward" else BYTES_PER_THREAD
+    num_warps = max(1, min(2 * WARPS, size // ctas // (32 * per_thread)))
+    return Choice("cluster" if ctas > 1 else "single", block_r, block_l, num_warps, ctas=ctas)
+
+
+def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
+    """All of the tensor in registers at a time; or as many channel groups as L2 holds."""
+    # Tiles whose lanes are channels have more values per channel to keep: in the backward they spill.
+    choice = _streamed(problem, device, narrow=problem.operation == "backward" and problem.layout == "rows")
+    plan = build(problem, choice)
+    programs = _at_once(choice.num_warps, device)
+    if plan.tiles > 1 and plan.groups * plan.tiles <= programs:
+        yield choice._replace(path="cooperative", splits=plan.tiles)
+    held = int(L2_SHARE * device.l2_bytes) // max(1, problem.operands * problem.data // plan.groups)
+    for slots in {1 << bit for bit in range(9)} | {plan.groups}:
+        share = splits or min(programs // slots, plan.tiles)
+        if slots <= min(held, plan.groups) and slots * share <= programs and (share > 1 or splits):
+            yield choice._replace(path="stream", slots=slots, splits=share)
+
+
+def _splits(problem: Problem, choice: Choice, device: Device) -> int:
+    """The fewest programs per group that fill whole waves: the last one merges what all of them found."""
+    plan = build(problem, choice)
+    groups, wave = plan.groups, 2 * device.sms
+
+    def use(splits: int) -> float:
+        programs = groups * splits
+        return programs / (-(-programs // wave) * wave)
+
+    candidates = range(1, min(plan.tiles, max(4, 4 * wave // groups)) + 1)
+    return next((s for s in candidates if use(s) >= FULL_WAVE), max(candidates, key=use))
+
+
+def _at_once(num_warps: int, device: Device) -> int:
+    """Programs that are on the device at a time."""
+    return device.sms * max(1, WARPS_PER_SM // num_warps)
+
+
+def seconds(plan: Plan, problem: Problem, device: Device) -> float:
+    """The time that a plan should take on the device, between other kernels."""
+    read, write, usable = problem.operands * problem.data, problem.data, L2_SHARE * device.l2_bytes
+    if plan.operation == "inference":
+        programs = plan.groups * plan.apply_splits
+        waves = ceil(programs / _at_once(plan.num_warps, device))
+        return LAUNCH + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
+    at_once = max(1, _at_once(plan.num_warps, device) // plan.ctas)
+    programs = plan.grid[0] * plan.grid[1]
+    merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
+    waves = ceil(programs / at_once)
+    if plan.path == "split":
+        hits = read if read + write <= usable else min(read, usable)
+        time = _pass(plan, device, read, 0, 0, programs, waves * plan.reduce_tiles) + LATENCY + merge
+        programs = plan.groups * plan.apply_splits
+        tiles = ceil(programs / at_once) * plan.apply_tiles
+        return 2 * LAUNCH + time + _pass(plan, device, read - hits, hits, write, programs, tiles)
+    again = 0.0 if plan.tile.ONCE else read * (1 - 1 / plan.reduce_tiles)
+    live = min(programs, at_once) * read / (plan.groups * plan.splits)
+    hits = again * min(1.0, usable / live)
+    rounds = ceil(plan.groups / plan.slots) if plan.cooperative else waves
+    tiles = rounds * plan.reduce_tiles
+    if rounds == 1:  # all reduce, then all write
+        time = _pass(plan, device, read, 0, 0, programs, tiles)
+        time += _pass(plan, device, again - hits, hits, write, programs, tiles)
+    else:  # some reduce while others write
+        time = _pass(plan, device, read + again - hits, hits, write, programs, 2 * tiles)
+    if plan.cooperative:
+        uneven = rounds * plan.slots / plan.groups
+        # While one slot waits, the programs of others work, if there are any.
+        waits = rounds if plan.slots == 1 else 1 + (rounds - 1) / 2
+        time = LAUNCH / 2 + uneven * time + waits * (BARRIER + merge)
+    return LAUNCH + time + BARRIER * (plan.ctas > 1)
+
+
+def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, programs: int, tiles: int) -> float:
+    """Seconds to read from memory and from L2 and to write that many bytes, by so many programs.
+
+    What memory takes, or L2, or the loads that each program waits for: it works on `tiles`, two at a time.
+    """
+    reach = min(1.0, SM_REACH * programs * plan.ctas / device.sms)
+    memory = (read + written) / (device.bandwidth * reach)
+    cache = (read + hits + written) / (L2_SPEED * device.bandwidth)
+    narrow = max(1.0, 64 / plan.access_bits)
+    return max(memory, cache, ceil(tiles / 2) * LATENCY) * narrow
