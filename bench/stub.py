@@ -5,7 +5,7 @@ CPU tensors stand in for those of a GPU, so that the Python of a whole call can 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -17,15 +17,26 @@ from tritonbn import handles, launch
 PROPERTIES = {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
 
 
+class Launch(NamedTuple):
+    """What a driver was given."""
+
+    metadata: Any  # of the compiled kernel
+    grid: tuple[int, int, int]
+    stream: int
+    packed: Any
+    described: bool  # for hooks
+    args: tuple[Any, ...]
+
+
 class StubDriver:
-    """What Triton's runtime takes for the active driver; `launches` are the grids and arguments of all launches."""
+    """What Triton's runtime takes for the active driver."""
 
     def __init__(self, target: GPUTarget | None = None) -> None:
         self.target = target or GPUTarget("cuda", 90, 32)
         self.stream = 0
-        self.launches: list[tuple[Any, ...]] = []
         self.count = 0
-        self.keep = False  # launches, not just their number
+        self.keep = False  # the launches, not just their number
+        self.launches: list[Launch] = []
         self.utils = self
 
     def get_current_device(self) -> int:
@@ -56,27 +67,38 @@ class StubDriver:
         ) -> None:  # fmt: skip
             self.count += 1
             if self.keep:
-                self.launches.append((metadata, (grid_x, grid_y, grid_z), stream, enter, leave, args))
+                grid = grid_x, grid_y, grid_z
+                self.launches.append(Launch(metadata, grid, stream, packed, launch_metadata is not None, args))
 
         return start
+
+
+@contextmanager
+def active(stub: StubDriver) -> Iterator[None]:
+    """Within, Triton's driver is `stub`."""
+    real = dict(vars(triton.runtime.driver))
+    triton.runtime.driver.set_active(stub)
+    handles.forget()
+    try:
+        yield
+    finally:
+        vars(triton.runtime.driver).update(real)
+        handles.forget()
 
 
 @contextmanager
 def stubbed() -> Iterator[StubDriver]:
     """Within, CPU tensors take the kernels, and nothing runs. Not in the interpreter, which has no launches.
 
+    Kernels that were launched within remember the stub: on a machine with a GPU, for processes of their own.
     Raises BenchError if the kernels were defined for the interpreter.
     """
     if launch.INTERPRETED:
         raise BenchError("launches are compiled ones: unset TRITON_INTERPRET")
-    real = dict(vars(triton.runtime.driver))
     stub = StubDriver()
-    handles.forget()
-    triton.runtime.driver.set_active(stub)
-    launch.INTERPRETED = True  # what lets CPU tensors in
-    try:
-        yield stub
-    finally:
-        launch.INTERPRETED = False
-        vars(triton.runtime.driver).update(real)
-        handles.forget()
+    with active(stub):
+        launch.INTERPRETED = True  # what lets CPU tensors in
+        try:
+            yield stub
+        finally:
+            launch.INTERPRETED = False

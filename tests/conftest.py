@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from tritonbn import handles, launch, signature
+from tritonbn import launch, signature, tickets
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +26,8 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
-    """No test depends on what others made the library keep."""
+    """No test depends on what others were told about their tensors."""
     signature.forget()
-    handles.forget()
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return wrapper
 
     class Torch:
-        """torch as `launch` sees it."""
+        """torch as `launch` and `tickets` see it."""
 
         empty = staticmethod(poisoned(torch.empty))
         empty_like = staticmethod(poisoned(torch.empty_like))
@@ -52,3 +51,5 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             return getattr(torch, name)
 
     monkeypatch.setattr(launch, "torch", Torch())
+    monkeypatch.setattr(tickets, "torch", Torch())
+    monkeypatch.setattr(tickets, "_partials", {})

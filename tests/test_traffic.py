@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Layout
-from tritonbn import launch
+from tritonbn import launch, tickets
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.launch import Saved
@@ -53,7 +53,8 @@ def counted(size: int) -> Iterator[list[int]]:
         return store(self, pointers, value, mask, *rest)
 
     def note(kernel: Any, grid: Any, plan: Any, *args: Any, **constants: Any) -> None:
-        tensors = [t for t in args if isinstance(t, Tensor) and t.dtype != torch.int32]  # tickets
+        scratch = [*tickets._pool.values(), *tickets._partials.values()]
+        tensors = [t for t in args if isinstance(t, Tensor) and not any(t is kept for kept in scratch)]
         full = [t for t in tensors if t.numel() >= size or t.dtype == torch.uint8]
         ranges[:] = sorted({(t.data_ptr(), t.data_ptr() + t.nbytes) for t in full})
         start(kernel, grid, plan, *args, **constants)

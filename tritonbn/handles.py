@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
 from tritonbn.model import WARPS_PER_SM
 from tritonbn.occupancy import resident_programs
@@ -24,7 +24,6 @@ from tritonbn.plan import Plan
 LIMIT = 4096
 
 _HIP = torch.version.hip is not None
-# Launch hooks are None or a function, from Triton 3.5 on a chain of functions, `calls`.
 _runtime = triton.knobs.runtime
 
 Key = tuple[Any, ...]
@@ -85,10 +84,10 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], c
         with torch.cuda.device(device):
             start(kernel, grid, plan, args, constants)
         return
-    if not _direct(kernel):
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks or _watched() or _HIP:
         kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         return
-    key, values = _key(kernel, plan, device, args, constants)
+    key, addresses = _key(kernel, plan, device, args, constants)
     handle = _handles.get(key)
     if handle is None:
         compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
@@ -97,7 +96,8 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], c
     _, run, function, metadata, fixed = handle
     run(
         grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
-        driver.active.get_current_stream(device), function, metadata, None, None, None, *values, *fixed,
+        driver.active.get_current_stream(device), function, metadata, None, None, None,
+        *addresses, *args[len(addresses) :], *fixed,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def fits_at_once(
 
     False where it is not known: in the interpreter, which runs programs one after the other, and on AMD.
     """
-    if not isinstance(kernel, triton.JITFunction) or _HIP:
+    if not isinstance(kernel, JITFunction) or _HIP:
         return False
     device = args[0].get_device()
     key = *_key(kernel, plan, device, args, constants)[0], grid
@@ -128,40 +128,38 @@ def fits_at_once(
     return known[0]
 
 
-def _direct(kernel: Any) -> bool:
-    """Whether a kept handle does all that Triton's own launch would: no one watches launches, and it is NVIDIA's."""
-    return (
-        type(kernel) is triton.JITFunction
-        and not kernel.pre_run_hooks
-        and (_runtime.launch_enter_hook is None or not getattr(_runtime.launch_enter_hook, "calls", True))
-        and (_runtime.launch_exit_hook is None or not getattr(_runtime.launch_exit_hook, "calls", True))
-        and not _HIP
-    )
+def _watched() -> bool:
+    """Whether there are hooks on launches, as profilers set: None or a function; a chain of `calls` from 3.5 on."""
+    for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", None) != []:
+            return True
+    return False
 
 
-def _key(kernel: Any, plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]) -> tuple[Key, list[Any]]:
-    """Everything that Triton compiles for, and the arguments with addresses in the place of tensors.
+def _key(
+    kernel: Any, plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
+) -> tuple[Key, list[int | None]]:
+    """Everything that Triton compiles for, and the addresses of the tensors.
 
     That is the dtype of each tensor, where there is one and whether it is aligned to 16 bytes, and the value of each
     size (1 and multiples of 16 may matter, and more than 32 bits do); not of numbers, whose type the kernel gives.
     """
-    number = id(kernel)
-    _, sizes, numbers = _kernels.get(number) or _know(kernel)
-    values: list[Any] = []
-    kinds: list[Any] = [number, id(plan), device, *args[sizes:numbers]]
-    addresses = 0
+    _, sizes, numbers = _kernels.get(id(kernel)) or _know(kernel)
+    addresses: list[int | None] = []
+    kinds: list[Any] = [id(kernel), id(plan), device, *args[sizes:numbers]]
+    low = 0
     for tensor in args[:sizes]:
         if tensor is None:
-            values.append(None)
+            addresses.append(None)
             kinds.append(None)
         else:
             address = tensor.data_ptr()
-            addresses |= address
-            values.append(address)
+            low |= address
+            addresses.append(address)
             kinds.append(tensor.dtype)
-    if addresses & 15:
-        kinds.append(tuple(address is None or address & 15 == 0 for address in values))
-    return (*kinds, *constants.items()), [*values, *args[sizes:]]
+    if low & 15:
+        kinds.append(tuple(address is None or address & 15 == 0 for address in addresses))
+    return (*kinds, *constants.items()), addresses
 
 
 def _know(kernel: Any) -> Kernel:

@@ -213,10 +213,11 @@ def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | No
 
 
 def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
-    """mean and rstd [C] in the dtype of the arithmetic on x; soonest made by copying another [C]."""
+    """mean and rstd [C] in the dtype of the arithmetic on x."""
     dtype = arithmetic_dtype(x)
     if like is None or like.dtype is not dtype:
         like = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+        return like, torch.empty_like(like)
     return torch.empty_like(like), torch.empty_like(like)
 
 

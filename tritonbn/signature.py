@@ -25,8 +25,7 @@ class Signature(NamedTuple):
 
     def plan(self, operation: Operation, x: Tensor, costly: bool = False) -> Plan:
         """The plan for x, dense."""
-        now = epoch()
-        kept = self.plans.get((operation, costly))
+        now, kept = epoch(), self.plans.get((operation, costly))
         if kept is None or kept[0] != now:
             kept = self.plans[operation, costly] = now, plan_for(operation, x, costly)
         return kept[1]
