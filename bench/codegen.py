@@ -24,7 +24,7 @@ from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.mnist import positive
 from bench.shapes import shapes_of
-from tritonbn import launch
+from tritonbn import handles, launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.plan import Path as PlanPath
@@ -143,7 +143,7 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
         calls.append(
-            (Launch(kernel.__name__, signature, tuple(fixed.items()), tuple(launch.options(plan).items())), plan)
+            (Launch(kernel.__name__, signature, tuple(fixed.items()), tuple(handles.options(plan).items())), plan)
         )
 
     real = launch._launch

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from tritonbn import launch
+from tritonbn import launch, signature, tickets
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,12 @@ def device() -> torch.device:
 def one_thread() -> None:
     """Two workers on two cores: threads of torch's own would only fight."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """No test depends on what others were told about their tensors."""
+    signature.forget()
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return wrapper
 
     class Torch:
-        """torch as `launch` sees it."""
+        """torch as `launch` and `tickets` see it."""
 
         empty = staticmethod(poisoned(torch.empty))
         empty_like = staticmethod(poisoned(torch.empty_like))
@@ -45,3 +51,5 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             return getattr(torch, name)
 
     monkeypatch.setattr(launch, "torch", Torch())
+    monkeypatch.setattr(tickets, "torch", Torch())
+    monkeypatch.setattr(tickets, "_partials", {})
