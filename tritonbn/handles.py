@@ -129,11 +129,11 @@ def fits_at_once(
 
 
 def _watched() -> bool:
-    """Whether there are hooks on launches, as profilers set: None or a function; a chain of `calls` from 3.5 on."""
-    for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", None) != []:
-            return True
-    return False
+    """Whether there are hooks on launches, as profilers set: chains of `calls`; in Triton 3.4 a function or None."""
+    try:
+        return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
+    except AttributeError:
+        return _runtime.launch_enter_hook is not None or _runtime.launch_exit_hook is not None
 
 
 def _key(

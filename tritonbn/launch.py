@@ -217,18 +217,18 @@ def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = arithmetic_dtype(x)
     if like is None or like.dtype is not dtype:
         like = torch.empty(x.shape[1], dtype=dtype, device=x.device)
-        return like, torch.empty_like(like)
     return torch.empty_like(like), torch.empty_like(like)
 
 
 def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
-    def like_x(want: bool) -> Tensor | None:
-        return torch.empty_like(x, memory_format=memory_format_of(x)) if want else None
-
-    def vector(want: bool) -> Tensor | None:
-        return torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None
-
-    return Gradients(like_x(wanted[0]), vector(wanted[1]), vector(wanted[2]), like_x(wanted[3]))
+    memory_format = memory_format_of(x)
+    dx, dresidual = (
+        torch.empty_like(x, memory_format=memory_format) if want else None for want in (wanted[0], wanted[3])
+    )
+    dweight, dbias = (
+        torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None for want in wanted[1:3]
+    )
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
 def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose, pooled: bool) -> tuple[Tensor, Tensor]:

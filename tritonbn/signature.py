@@ -32,6 +32,8 @@ class Signature(NamedTuple):
 
 
 NONE = Signature(False, False, False, torch.contiguous_format, torch.float32, {})
+# Of tensors in compiled code, which say no more.
+SYMBOLIC = NONE._replace(fits=True)
 _known: dict[tuple[Any, ...], tuple[Any, Signature]] = {}
 
 
