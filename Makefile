@@ -25,8 +25,9 @@ check: $(READY)
 	$(RUN) -m mypy
 
 # GPU tests and benchmarks with the python at hand: make VENV= PYTHON=python3 gpu
+# QUICK=1: in three minutes instead of nine; STEPS=ops,tests: some of the steps; OUT=DIR: where results go
 gpu: $(READY)
-	$(RUN) -m bench gpu $(ARGS)
+	$(RUN) -m bench gpu $(if $(OUT),--out $(OUT)) $(if $(QUICK),--quick) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -19,10 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import machine_code
-from bench.console import console
+from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.mnist import positive
+from bench.shapes import shapes_of
 from tritonbn import handles, launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
@@ -39,26 +40,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
             torch.uint8: "*u8", torch.int32: "*i32"}  # fmt: skip
 
-# [N, C, ...]; ResNet-50 at batch 256 has all but the 112 x 112 one in several layers.
-RESNET50 = [
-    (256, 64, 112, 112), (256, 64, 56, 56), (256, 128, 56, 56), (256, 256, 56, 56), (256, 128, 28, 28),
-    (256, 256, 28, 28), (256, 512, 28, 28), (256, 256, 14, 14), (256, 512, 14, 14), (256, 1024, 14, 14),
-    (256, 512, 7, 7), (256, 2048, 7, 7),
-]  # fmt: skip
-FULLY_CONNECTED = [
-    (60, 100),
-    (61, 100),
-    (256, 1000),
-    (4096, 1024),
-    (100_000, 32),
-    (140_000, 1),
-    (64, 3),
-    (60, 7),
-]
-AWKWARD = [
-    (32, 128, 16384), (4, 24, 160, 256), (64, 16, 224, 224), (4096, 2, 49), (32, 2048, 7, 7), (64, 256, 14, 14),
-    (70, 32, 100, 100, 100), (8, 192, 17, 17), (8, 192, 35, 35), (5, 3, 13), (2, 1, 37, 41),
-]  # fmt: skip
+SHAPE_SETS = "resnet50-256", "awkward"
 SUBSET = [
     (60, 100),
     (256, 1024, 14, 14),
@@ -246,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(args.json.parent)
     targets = list(TARGETS) if args.target == "all" else [args.target]
     dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
-    shapes = SUBSET if args.subset else RESNET50 + FULLY_CONNECTED + AWKWARD
+    shapes = SUBSET if args.subset else [shape for name in SHAPE_SETS for shape in shapes_of(name)]
     chosen = list(cases(shapes, dtypes, [PLAIN]))
     if args.epilogues != "none":
         chosen += cases(FEW if args.subset else shapes, dtypes, COMMON)
@@ -290,7 +272,4 @@ def print_table(found: list[dict[str, Any]]) -> None:
     for row in found:
         cells = row | {"shape": "x".join(map(str, row["shape"]))}
         lines.append(["-" if cells[name] is None else str(cells[name]) for name in names])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    wrong = [False, *(bool(row["spills"]) or _is_narrow(row) for row in found)]
-    for line, bad in zip(lines, wrong, strict=True):
-        console.print("  ".join(map(str.ljust, line, widths)), style="red" if bad else None, soft_wrap=True)
+    print_columns(lines, [index for index, row in enumerate(found, 1) if row["spills"] or _is_narrow(row)])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench import agreement, mnist_data, pictures, report, training
+from bench import agreement, mnist_data, mnist_tables, pictures, training
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     rows = train(data.to(device), args.steps, args.seeds)
     findings = agreement.check(rows)
     # Uncropped: a terminal too narrow for a table breaks its lines instead of losing their ends.
-    console.print(report.summary(rows, data.name), report.agreement(findings, kernels), crop=False)
+    console.print(mnist_tables.summary(rows, data.name), mnist_tables.agreement(findings, kernels), crop=False)
     results = {
         "machine": facts,
         "settings": settings(args),
@@ -108,7 +108,7 @@ def introduce(facts: dict[str, Any], data: mnist_data.Mnist, path: str) -> None:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "tritonbn", "python"))
     for name, text in (
         ("data", f"{data}, {data.origin}"),
-        ("device", f"{where}, {report.counted(facts['threads'], 'thread')}"),
+        ("device", f"{where}, {mnist_tables.counted(facts['threads'], 'thread')}"),
         ("versions", f"{versions}, commit {facts['commit'] or 'unknown'}"),
         ("our batch norm", path),
     ):
@@ -127,7 +127,7 @@ def train(data: mnist_data.Mnist, steps: int, seeds: int) -> list[Row]:
     # Drawn between blocks only: a thread that redraws would take its time from the arms.
     quiet = not console.is_terminal
     with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=quiet) as progress:
-        tasks = {arm: progress.add_task(report.LABELS[arm], total=steps * seeds, accuracy="") for arm in ARMS}
+        tasks = {arm: progress.add_task(mnist_tables.LABELS[arm], total=steps * seeds, accuracy="") for arm in ARMS}
 
         def advance(arm: Arm, count: int) -> None:
             progress.update(tasks[arm.name], advance=count, accuracy=f"{arm.accuracies[-1]:.2f}%", refresh=True)

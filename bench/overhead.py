@@ -20,13 +20,14 @@ import tritonbn
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
-from bench.measure import Quartiles, machine, pick_device, quartiles, synchronize
+from bench.measure import machine, pick_device, synchronize
 from bench.mnist import positive
-from bench.report import uncut
+from bench.mnist_tables import uncut
 from bench.stub import StubDriver, stubbed
 from tritonbn import handles, launch
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
+from tritonbn.timing import Quartiles, quartiles
 
 TORCH = torch.nn.functional.batch_norm
 Call = Callable[[], torch.Tensor]

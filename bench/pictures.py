@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.files import atomic
-from bench.report import LABELS, counted
+from bench.mnist_tables import LABELS, counted
 from bench.training import ARMS, PERCENTILES, Row
 
 # Wide and pale below narrow and dark: arms that agree stay visible.

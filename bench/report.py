@@ -1,95 +1,72 @@
-"""Results as tables."""
+"""The page of results: every JSON file under bench/results as README.md beside them, with plots."""
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from rich import box
-from rich.cells import cell_len
-from rich.table import Table
+from bench.console import console
+from bench.errors import BenchError
+from bench.files import atomic, writable_folder
+from bench.page import operators, plots, sections
+from bench.page.folders import RESULTS, Folder, read
+from bench.page.markdown import joined
 
-from bench.agreement import Finding
-from bench.measure import quartiles
-from bench.training import ARMS, Row
-
-LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm1d", "tritonbn": "tritonbn"}
-RESULTS = {True: "pass", False: "FAIL", None: "neither arrived"}
-SWAP_ONLY = (
-    "both arms run torch's own kernels here: this checks the swap, not our kernels; their difference in speed is noise"
-)
+PAGE = "README.md"
 
 
-def summary(rows: Sequence[Row], data: str) -> Table:
-    """One line per arm; with several seeds the mean and the range over them."""
-    seeds = len({row["seed"] for row in rows})
-    table = Table(
-        title=f"{data}, {counted(rows[0]['steps'], 'step')}, {counted(seeds, 'seed')}" + ": mean (range)" * (seeds > 1),
-        caption="step time: median (quartiles) over blocks; evaluation not counted",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("arm")
-    for title in ("steps/s", "images/s", "step time\n/ no BN", "test\naccuracy", "steps\nto 90%"):
-        table.add_column(title, justify="right")
-    separator = "\n" if seeds > 1 else " "  # two lines keep the ranges within 80 columns
-    for arm in ARMS:
-        mine = [row for row in rows if row["arm"] == arm]
-        ratio = quartiles([value for row in mine for value in row["step_time_to_none"]])
-        images_per_second = sum(row["images_per_second"] for row in mine) / len(mine)
-        table.add_row(
-            LABELS[arm],
-            spread([row["steps_per_second"] for row in mine], "{:.0f}", separator),
-            f"{images_per_second:,.0f}",
-            "1" if arm == "none" else f"{ratio.median:.2f}{separator}({ratio.low:.2f}-{ratio.high:.2f})",
-            spread([row["test_accuracy"] for row in mine], "{:.2f}%", separator),
-            arrivals([row["steps_to_90"] for row in mine], separator),
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", default=RESULTS,
+        help="a folder with one folder of results per machine, or one of these (default: bench/results)",
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page is not up to date")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and its plots; with --check compare the page only: plots differ between versions of matplotlib."""
+    folders = read(args.results)
+    if not folders:
+        raise BenchError(f"{args.results}: expected folders with JSON files, got none")
+    page, text = args.results / PAGE, render(folders)
+    if args.check:
+        current = page.is_file() and page.read_text() == text
+        console.print(
+            f"{page}: {'up to date' if current else 'not up to date: python -m bench report'}", soft_wrap=True
         )
-    return uncut(table, 0)
+        return 0 if current else 1
+    writable_folder(args.results)
+    written = [path for folder in folders for path in draw(folder)]
+    with atomic(page) as temporary:
+        temporary.write_text(text)
+    console.print(f"Written: {', '.join(map(str, [page, *written]))}", soft_wrap=True)
+    return 0
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def draw(folder: Folder) -> list[Path]:
+    gpu = folder.gpu("ops")
+    return plots.draw(folder.files["ops"]["rows"], gpu, folder.path) if gpu else []
 
 
-def uncut(table: Table, first: int) -> Table:
-    """Columns from `first` on keep the width of their longest line: a narrow terminal shortens no number."""
-    for column in table.columns[first:]:
-        lines = "\n".join(map(str, (column.header, *column.cells))).split("\n")
-        column.no_wrap, column.min_width = True, max(map(cell_len, lines))
-    return table
-
-
-def spread(values: Sequence[float], text: str, separator: str) -> str:
-    mean = text.format(sum(values) / len(values))
-    if len(values) == 1:
-        return mean
-    low, high = (text.rstrip("%").format(value) for value in (min(values), max(values)))
-    return f"{mean}{separator}({low}-{high})"
-
-
-def arrivals(steps: Sequence[int | None], separator: str) -> str:
-    arrived = [step for step in steps if step is not None]
-    if len(arrived) == len(steps):
-        return spread(arrived, "{:.0f}", separator)
-    return "never" if not arrived else f"never in{separator}{len(steps) - len(arrived)} of {len(steps)}"
-
-
-def agreement(findings: Sequence[Finding], kernels_compared: bool) -> Table:
-    table = Table(
-        title="does tritonbn follow nn.BatchNorm1d with the same seed?",
-        caption="evaluated each 100 steps up to 2,000, then each 500" + f"\n{SWAP_ONLY}" * (not kernels_compared),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("compared", min_width=len("difference,"))
-    table.add_column("allowed", justify="right")
-    table.add_column("largest\nseen", justify="right")
-    table.add_column("result")
-    for finding in findings:
-        table.add_row(
-            finding.what,
-            f"{finding.allowed:g} {finding.unit}",
-            "-" if finding.worst is None else f"{finding.worst:.2g}",
-            RESULTS[finding.passed],
+def render(folders: Sequence[Folder]) -> str:
+    """The page, a function of the JSON files alone."""
+    return (
+        joined(
+            "# Results",
+            "Made from the JSON files beside it by `python -m bench report`: edit those who write them, not this page.",
+            operators.targets(folders),
+            *map(of_machine, folders),
+            sections.machines(folders),
+            sections.repeat(folders),
         )
-    return uncut(table, 1)
+        + "\n"
+    )
+
+
+def of_machine(folder: Folder) -> str:
+    """All sections of one machine, those that it has results for."""
+    found = [make(folder) for stem, make in sections.SECTIONS.items() if stem in folder.files]
+    if folder.gpu("ops"):
+        found += [operators.operators(folder), operators.eager(folder)]
+        if folder.gpu("tuned/ops"):
+            found.append(operators.tuned(folder))
+    return joined(f"## {folder.name}", *found) if any(found) else ""

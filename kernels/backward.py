@@ -77,9 +77,9 @@ def store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live):
 def input_gradients_again(
     dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,
     center, scale, shift, dz_mean, slope, R, C, width,
-    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """dx of a group's tiles t1 - 1 down to t0 after their sums; dz0 and x0 are what the program kept of tile t0.
+    """dx of a group's tiles t1 - 1 down to t0 after their sums; dz0 and x0 are of tile t0 if the program KEPT them.
 
     dresidual, if wanted, was written with the sums and is read in place of dy, residual and bits.
     """
@@ -88,7 +88,8 @@ def input_gradients_again(
     if not T.ONCE:
         if dresidual_ptr is not None:
             tl.debug_barrier()  # what the program's other threads wrote is read below
-        for i in tl.range(0, t1 - t0 - 1):
+        FIRST: tl.constexpr = 1 if KEPT else 0
+        for i in tl.range(0, t1 - t0 - FIRST):
             t = t1 - 1 - i
             if dresidual_ptr is not None:
                 at, mask = tile(group, t, R, C, width, T)
@@ -100,8 +101,9 @@ def input_gradients_again(
                     T, ACT, INVERT, True,
                 )  # fmt: skip
             store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, group, t, R, C, width, T)
-    d = recover(x0, center, scale, shift, ACT, INVERT)[0]
-    store_gradients(dx_ptr, None, widen(dz0) - dz_mean - d * slope, scale, group, t0, R, C, width, T)
+    if KEPT:
+        d = recover(x0, center, scale, shift, ACT, INVERT)[0]
+        store_gradients(dx_ptr, None, widen(dz0) - dz_mean - d * slope, scale, group, t0, R, C, width, T)
 
 
 # fmt: off
@@ -210,5 +212,5 @@ def backward_kernel(
     M = filled(total, R, width, T).to(rstd.dtype)
     input_gradients_again(
         dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, 0, total,
-        center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, mean_ptr is None,
+        center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, mean_ptr is None, True,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """One launch for statistics and what follows them, by programs that wait for each other at a barrier of their group.
 
 All programs must be on the GPU at a time: launched as a cooperative grid. Programs (i, 0) ... (i, P - 1) share channel
-groups i, i + slots, i + 2 * slots ...; of each, program (i, j) owns tiles [j * tiles, (j + 1) * tiles). It keeps its
-first tile on the chip; so few groups are worked on at a time that L2 still has the others at the second pass.
+groups i, i + slots, i + 2 * slots ...; of each, program (i, j) owns tiles [j * tiles, (j + 1) * tiles). Where its
+share is one tile, it keeps that; else so few groups are worked on at a time that L2 still has them at the second pass.
 """
 
 import triton
@@ -46,8 +46,8 @@ def cooperative_forward_kernel(
 
     Program (i, j) owns range j of the tiles of groups i, i + slots, ...  x, residual (or None), y: [R, L] any float.
     bits: a bit per element or None.  mean, rstd: [C], workspace: [P, 3, C] fp32 (fp64).  weight, bias, running_*: [C]
-    any float or None.  semaphore: [slots] int32.  Reads x once from memory and all but its first tile again from L2,
-    residual once, writes y and bits once.
+    any float or None.  semaphore: [slots] int32.  Reads x once from memory and, unless one tile is enough, again from
+    L2, residual once, writes y and bits once.
     """
     total = tile_count(R, width, T)
     n = filled(total, R, width, T).to(mean_ptr.dtype.element_ty)
@@ -67,8 +67,9 @@ def cooperative_forward_kernel(
         scale = load_scale(weight_ptr, rstd, c, live)
         shift = load_shift(bias_ptr, rstd, c, live)
         normalize_again(
-            first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width, T, ACT
-        )
+            first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width,
+            T, ACT, T.ONCE,
+        )  # fmt: skip
 
 
 # fmt: off
@@ -85,8 +86,8 @@ def cooperative_backward_kernel(
     Program (i, j) owns range j of the tiles of groups i, i + slots, ...  dy, x (y without mean), residual (or None),
     dx, dresidual (or None): [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C], workspace: [P, 2, C]
     fp32 (fp64).  weight, bias, dweight, dbias: [C] any float or None.  semaphore: [slots] int32.  Reads dy and x (and
-    residual or bits) once from memory and all but their first tiles again from L2, writes dx once; dresidual is written
-    first and read in place of dy, residual and bits.
+    residual or bits) once from memory and, unless one tile is enough, again from L2, writes dx once; dresidual is
+    written first and read in place of dy, residual and bits.
     """
     total = tile_count(R, width, T)
     M = filled(total, R, width, T).to(rstd_ptr.dtype.element_ty)
@@ -106,5 +107,6 @@ def cooperative_backward_kernel(
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live & (tl.program_id(1) == 0))
         input_gradients_again(
             dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,
-            center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, mean_ptr is None,
+            center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width,
+            T, ACT, mean_ptr is None, T.ONCE,
         )  # fmt: skip

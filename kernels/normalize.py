@@ -52,15 +52,17 @@ def normalize_tiles(
 @triton.jit
 def normalize_again(
     first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0, t1, mean, scale, shift, R, C, width,
-    T: tl.constexpr, ACT: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Tiles t1 - 1 down to t0 after their statistics; tile t0 is `first`, which the program kept."""
+    """Tiles t1 - 1 down to t0 after their statistics; tile t0 is `first` if the program KEPT it."""
     if not T.ONCE:
+        FIRST: tl.constexpr = 1 if KEPT else 0
         normalize_tiles(
-            x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0 + 1, t1, mean, scale, shift, R, C, width, T, ACT
+            x_ptr, residual_ptr, y_ptr, bits_ptr, group, t0 + FIRST, t1, mean, scale, shift, R, C, width, T, ACT
         )
-    _, z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
-    finish(z, residual_ptr, y_ptr, bits_ptr, group, t0, R, C, width, T, ACT)
+    if KEPT:
+        _, z = normalize(first, spread(mean, T), spread(scale, T), spread(shift, T))
+        finish(z, residual_ptr, y_ptr, bits_ptr, group, t0, R, C, width, T, ACT)
 
 
 # fmt: off
@@ -147,5 +149,5 @@ def forward_kernel(
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
     normalize_again(
-        first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, 0, total, mean, scale, shift, R, C, width, T, ACT
+        first, x_ptr, residual_ptr, y_ptr, bits_ptr, group, 0, total, mean, scale, shift, R, C, width, T, ACT, True
     )

@@ -32,7 +32,10 @@ def load_tile(ptr, at, mask, LAST: tl.constexpr = False):
 
     LAST: nothing reads it again soon, so what is written meanwhile shall displace it in L2, not what is yet to be read.
     """
-    return tl.load(ptr + at, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "")
+    if LAST:
+        return tl.load(ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        return tl.load(ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit

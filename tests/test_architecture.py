@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files further right.
 ORDER = [
     "__init__",
+    "tuning",
+    "timing",
+    "explain",
+    "layers",
     "swap",
     "report",
     "fold",
@@ -36,12 +40,14 @@ ORDER = [
     "reference",
     "activations",
     "tickets",
-    "traffic",
     "plan",
     "model",
+    "traffic",
+    "tables",
     "choice",
-    "geometry",
     "device",
+    "geometry",
+    "version",
     "kernels",
 ]
 KERNEL_ORDER = ["cooperative", "normalize", "backward", "gradients", "activations", "statistics", "tiles"]
@@ -80,7 +86,7 @@ def test_kernels_import_triton_and_siblings_only(path: Path) -> None:
         assert first == "triton" or (first == "" and second in below), name
 
 
-@pytest.mark.parametrize("name", ["plan", "geometry"])
+@pytest.mark.parametrize("name", ["plan", "model", "traffic", "tables", "choice", "device", "geometry"])
 def test_plans_are_pure_python(name: str) -> None:
     found = imports(ROOT / "tritonbn" / f"{name}.py")
     assert not {n for n in found if n.split(".")[0] in ("torch", "triton") or n.startswith("tritonbn.kernels")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
 
 import tritonbn
-from bench import agreement, mnist_data, report, training
+from bench import agreement, mnist_data, mnist_tables, training
 from bench.networks.mlp import last_sigmoid_input, mnist_mlp
 from tests import idx_files
 
@@ -205,7 +205,7 @@ TWO_SEEDS = [
 @pytest.mark.parametrize("cells", [ONE_SEED, TWO_SEEDS], ids=["1", "2"])
 def test_table_by_hand(cells: list[list[str]]) -> None:
     seeds = 1 if cells is ONE_SEED else 2
-    table = report.summary(hand_made(seeds), "Digits")
+    table = mnist_tables.summary(hand_made(seeds), "Digits")
     assert table.title == ("Digits, 400 steps, 1 seed" if seeds == 1 else "Digits, 400 steps, 2 seeds: mean (range)")
     assert [column.header for column in table.columns] == COLUMNS
     assert [list(line) for line in zip(*(column.cells for column in table.columns), strict=True)] == cells
@@ -259,7 +259,7 @@ def test_never_is_no_agreement() -> None:
     findings = agreement.check(never)
     assert [(finding.passed, finding.seen) for finding in findings] == [(True, [0]), (True, [0]), (None, [None])]
     assert "first step" in findings[0].what.split(", ")
-    shown = [list(column.cells)[-1] for column in report.agreement(findings, kernels_compared=True).columns]
+    shown = [list(column.cells)[-1] for column in mnist_tables.agreement(findings, kernels_compared=True).columns]
     assert shown[2:] == ["-", "neither arrived"]
     (arrival,) = agreement.check([*never, *(row(arm, seed=1, steps=1) for arm in training.ARMS)])[2:]
     assert (arrival.passed, arrival.seen) == (True, [None, 0])

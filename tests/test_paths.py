@@ -55,7 +55,9 @@ def on(name: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[No
 
 
 LAYOUTS: list[Any] = cases.LAYOUTS
-CLUSTERED: list[Any] = [p for p in LAYOUTS if p.id in ("rows", "rows-two-groups", "planes-ncl", "planes-prime")]
+CLUSTERED: list[Any] = [
+    p for p in LAYOUTS if p.id in ("rows", "rows-two-groups", "planes-ncl", "planes-one-channel", "channels-last")
+]
 EACH = [
     pytest.param(name, *layout.values, id=f"{name}-{layout.id}")
     for name in CHOICES

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from tritonbn.geometry import Tile, geometry, power_of_two
 
@@ -10,6 +10,8 @@ Operation = Literal["forward", "backward", "inference"]
 Layout = Literal["rows", "planes"]
 Path = Literal["single", "cluster", "cooperative", "stream", "split"]
 
+# Bytes that the registers of one program can hold, whatever else they have to.
+LARGEST_TILE = 64 << 10
 # The second axis of a CUDA grid.
 GRID_LIMIT = 65535
 
@@ -64,6 +66,51 @@ class Choice(NamedTuple):
     ctas: int = 1  # of a program
     stages: int = 1  # of the loads in a reduction's loop
 
+    def check(self) -> None:
+        """Raise ValueError for what is no choice: it may come from a file that anyone has written to."""
+        if self.path not in get_args(Path):
+            raise ValueError(f"path must be one of {', '.join(get_args(Path))}, but got {self.path!r}")
+        for name, most, powers in _RANGES:
+            value = getattr(self, name)
+            least = 0 if name == "slots" else 1
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} must be an integer from {least} to {most}, but got {value!r}")
+            if powers and value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, but got {value}")
+        if self.ctas > 1 and self.path != "cluster":
+            raise ValueError(f"programs of {self.ctas} CTAs are for path cluster, but got {self.path}")
+
+
+# Of the integers of a choice: the most, and whether they are powers of two.
+_RANGES = (
+    ("block_r", 1 << 20, True),
+    ("block_l", 1 << 20, True),
+    ("num_warps", 16, True),
+    ("splits", GRID_LIMIT, False),
+    ("apply_tiles", GRID_LIMIT, False),
+    ("slots", GRID_LIMIT, False),
+    ("ctas", 8, True),
+    ("stages", 8, False),
+)
+
+
+class Estimate(NamedTuple):
+    """What a plan of batch norm alone, forward or backward, should cost."""
+
+    device: str
+    moved: int  # bytes that the kernels read and write
+    floor: int  # bytes that must be read and written
+    bandwidth: float  # of memory, bytes per second
+    seconds: float  # that the plan should take
+    source: str  # where the plan is from
+
+    def __str__(self) -> str:
+        floor = 1e6 * self.floor / self.bandwidth
+        return (
+            f"moves {self.moved:,} bytes; floor {self.floor:,} bytes = {floor:.1f} us at {self.bandwidth / 1e12:.1f} "
+            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us; plan from {self.source}"
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,6 +133,7 @@ class Plan:
     slots: int  # channel groups that are worked on at a time: the first axis of a cooperative grid
     ctas: int  # of a program
     choice: Choice = field(compare=False, repr=False)
+    estimate: Estimate | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def splits(self) -> int:
@@ -147,7 +195,7 @@ class Plan:
             f"{self.operation} {self.layout} {shape} x {self.itemsize} bytes: path {self.path}, {self.launches} launch"
             f"{'es' if self.launches == 2 else ''}, {self.grid[0]} x {self.grid[1]} programs of {size}, "
             f"{self.geometry} tiles {self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), "
-            f"{self.access_bits}-bit access"
+            f"{self.access_bits}-bit access" + (f"; {self.estimate}" if self.estimate else "")
         )
 
 
@@ -175,6 +223,8 @@ def build(problem: Problem, choice: Choice) -> Plan:
     resident = choice.path != "split" and reduce_tiles == 1
     if not resident and choice.path in ("cluster", "cooperative"):
         raise ValueError(f"path {choice.path} needs one tile for a program's share, but got {reduce_tiles}")
+    if block_r * block_l * problem.itemsize > choice.ctas * LARGEST_TILE:
+        raise ValueError(f"a tile of {block_l} x {block_r} elements of {problem.itemsize} bytes is too large")
     if choice.ctas > 1 and tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
         raise ValueError("path cluster cannot gather channels across the CTAs of a program")
     return Plan(

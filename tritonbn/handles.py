@@ -41,6 +41,7 @@ class Handle(NamedTuple):
     """A compiled kernel on its device, and how it is launched."""
 
     plan: Plan  # kept, so that its id, which is in the key, remains its own
+    compiled: CompiledKernel
     run: Any  # (grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments)
     function: int
     metadata: Any
@@ -77,7 +78,8 @@ def options(plan: Plan) -> dict[str, Any]:
 def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
     """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
 
-    constants: its compile-time arguments beside T, which is the plan's tile.
+    constants: its compile-time arguments beside T, which is the plan's tile. Raises ValueError where programs that wait
+    for each other would not all be resident.
     """
     device = args[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
@@ -90,10 +92,12 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], c
     key, addresses = _key(kernel, plan, device, args, constants)
     handle = _handles.get(key)
     if handle is None:
+        if plan.cooperative and device >= 0 and not fits_at_once(kernel, grid, plan, args, constants):
+            raise ValueError(f"the {prod(grid)} programs of {kernel.__name__} do not fit the GPU at a time: {plan}")
         compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         _keep(key, kernel, plan, compiled, args, constants)
         return
-    _, run, function, metadata, fixed = handle
+    _, _, run, function, metadata, fixed = handle
     run(
         grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
         driver.active.get_current_stream(device), function, metadata, None, None, None,
@@ -126,6 +130,11 @@ def fits_at_once(
             _fitting.clear()
         known = _fitting[key] = prod(grid) <= at_once, plan
     return known[0]
+
+
+def spills(plan: Plan) -> bool:
+    """Whether a kernel that was launched for the plan keeps registers in memory."""
+    return any(handle.compiled.n_spills > 0 for handle in list(_handles.values()) if handle.plan == plan)
 
 
 def _watched() -> bool:
@@ -189,4 +198,4 @@ def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any],
     if len(_handles) >= LIMIT:
         _handles.clear()
     fixed = tuple(values[name] for name in rest)
-    _handles[key] = Handle(plan, compiled.run, compiled.function, compiled.packed_metadata, fixed)
+    _handles[key] = Handle(plan, compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed)

@@ -1,8 +1,7 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`. A `plan` that
-is not given is looked up.
+dy are laid out as x. `pooled`: scratch memory may be kept from call to call, see `tickets.py`. `plan`: if it is known.
 """
 
 from functools import lru_cache
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from tritonbn import handles
 from tritonbn.activations import IDENTITY, Activation
+from tritonbn.choice import Problem
 from tritonbn.device import Device, described
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
-from tritonbn.plan import Layout, Operation, Plan, make_plan
+from tritonbn.plan import Operation, Plan, make_plan
 from tritonbn.tickets import Purpose, scratch
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
@@ -128,7 +128,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan or plan_for("backward", x, costs(activation, bits))
+    plan = plan or plan_for("backward", x, activation.costly and bits is None)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -166,11 +166,6 @@ def backward(
     return gradients
 
 
-def costs(activation: Activation, bits: Tensor | None) -> bool:
-    """Whether the backward computes exponentials for each element."""
-    return bits is None and activation.costly
-
-
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -187,13 +182,18 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
-    """The plan of `operation` for dense x, see `make_plan`."""
+    """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it."""
+    tuned = not torch.are_deterministic_algorithms_enabled()
+    return make_plan(*problem_of(operation, x, costly)[:4], _device(x.device), costly, tuned)
+
+
+def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:
+    """`operation` on dense x, as plans are made for it."""
     N, C = x.shape[0], x.shape[1]
     S = x.numel() // (N * C)
-    layout: Layout = "planes"
     if S == 1 or memory_format_of(x) is not torch.contiguous_format:
-        layout, N, S = "rows", N * S, 1
-    return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device), costly)
+        return Problem(operation, "rows", (N * S, C, 1), x.element_size(), costly)
+    return Problem(operation, "planes", (N, C, S), x.element_size(), costly)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:

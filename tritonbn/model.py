@@ -104,9 +104,13 @@ def _resident(problem: Problem, ctas: int) -> Choice | None:
 
 def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
     """All of the tensor in registers at a time; or as many channel groups as L2 holds."""
-    # Tiles whose lanes are channels have more values per channel to keep: in the backward they spill.
-    choice = _streamed(problem, device, narrow=problem.operation == "backward" and problem.layout == "rows")
+    # Tiles of several channels have more values per channel to keep: the backward's would spill, and those of fp64.
+    narrow = problem.itemsize == 8 or (problem.operation == "backward" and problem.geometry[0].GROUP > 1)
+    choice = _streamed(problem, device, narrow)
     plan = build(problem, choice)
+    most = 32 * WARPS * NARROW_BYTES_PER_THREAD
+    if problem.geometry[0].SPAN > 1 and choice.block_l * problem.itemsize > most:  # one row is too much (17x17 planes)
+        return
     programs = _at_once(choice.num_warps, device)
     if plan.tiles > 1 and plan.groups * plan.tiles <= programs:
         yield choice._replace(path="cooperative", splits=plan.tiles)

@@ -3,12 +3,14 @@
 Pure Python: no tensors, no CUDA. `print(make_plan("forward", "planes", (256, 64, 3136), 2))` answers on any machine.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple, get_args
 
-from tritonbn import model
-from tritonbn.choice import GRID_LIMIT, Choice, Layout, Operation, Path, Plan, Problem, build
+from tritonbn import model, tables
+from tritonbn.choice import GRID_LIMIT, Choice, Estimate, Layout, Operation, Path, Plan, Problem, build
 from tritonbn.device import H200, Device
+from tritonbn.traffic import Operands, bytes_moved, floor_bytes
 
 __all__ = ["Device", "Layout", "Operation", "Path", "Plan", "fits", "forced", "make_plan"]
 
@@ -25,7 +27,7 @@ _epoch = 0
 
 def epoch() -> int:
     """A number that changes whenever plans may: what was looked up before is to be looked up again."""
-    return _epoch
+    return _epoch + tables.epoch()
 
 
 class forced:
@@ -64,13 +66,15 @@ def make_plan(
     itemsize: int,
     device: Device = H200,
     costly: bool = False,
+    tuned: bool = True,
 ) -> Plan:
     """The plan for `operation` on `[N, C, S]` with elements of `itemsize` bytes.
 
     Rows have their channels contiguous (S = 1; N counts all values of a channel), planes their S positions. `costly`
-    is a backward that computes exponentials for each element. Raises ValueError where a forced path cannot run it.
+    is a backward that computes exponentials for each element. Measured plans are taken from tables if `tuned`, the rest
+    from a model. Raises ValueError where a forced path cannot run it.
     """
-    return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced)
+    return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.epoch())
 
 
 def check(plan: Plan, device: Device) -> Plan:
@@ -83,9 +87,23 @@ def check(plan: Plan, device: Device) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def _make_plan(problem: Problem, device: Device, force: _Forced) -> Plan:
+def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, tables_epoch: int) -> Plan:
+    plan, source = _chosen(problem, device, force, tuned)
+    moved, floor = bytes_moved(plan, Operands()), floor_bytes(plan, Operands())
+    seconds = model.seconds(plan, problem, device)
+    return replace(plan, estimate=Estimate(device.name, moved, floor, device.bandwidth, seconds, source))
+
+
+def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tuple[Plan, str]:
     if problem.operation == "inference":
-        return model.best(problem, device)
+        force = _Forced()
     if force.choice is not None:
-        return check(build(problem, force.choice), device)
-    return model.best(problem, device, force.path, force.splits)
+        return check(build(problem, force.choice), device), "a forced choice"
+    if force != _Forced():
+        return model.best(problem, device, force.path, force.splits), "the model, path or splits forced"
+    if tuned and (found := tables.find(problem, device)) is not None:
+        try:
+            return check(build(problem, found[0]), device), found[1]
+        except ValueError:  # measured for a size near this one, which this one exceeds
+            pass
+    return model.best(problem, device), "the model"

@@ -22,16 +22,21 @@ class Operands(NamedTuple):
     dresidual: bool = False
 
 
-def bytes_moved(plan: Plan, operands: Operands) -> int:
-    """Bytes read and written by the kernels of `plan`."""
+def bytes_moved(plan: Plan, operands: Operands, again: bool = True) -> int:
+    """Bytes read and written by the kernels of `plan`, with what they read `again` or without."""
     if plan.operation == "backward":
-        return _backward(plan, operands)
-    again = _again(plan)[0] if plan.operation == "forward" else 0
-    tensors = (2 + operands.residual) * _values(plan) + again
+        return _backward(plan, operands, again)
+    second = _again(plan)[0] if plan.operation == "forward" and again else 0
+    tensors = (2 + operands.residual) * _values(plan) + second
     return tensors * plan.itemsize + operands.bits * plan.bit_bytes
 
 
-def _backward(plan: Plan, operands: Operands) -> int:
+def floor_bytes(plan: Plan, operands: Operands) -> int:
+    """Bytes that must be read and written: each full tensor once, whatever the path."""
+    return bytes_moved(plan, operands, again=False)
+
+
+def _backward(plan: Plan, operands: Operands, again: bool) -> int:
     values = _values(plan)
     written = operands.dx + operands.dresidual
     second = operands.training and operands.dx
@@ -42,10 +47,10 @@ def _backward(plan: Plan, operands: Operands) -> int:
         return (read + written) * values * plan.itemsize + operands.bits * plan.bit_bytes
     tensors = (2 + operands.residual + written) * values
     bits = operands.bits * plan.bit_bytes
-    if second:
-        again, bits_again = _again(plan)
+    if second and again:
+        values_again, bits_again = _again(plan)
         replaced = operands.dresidual  # it is read instead of dy, residual and bits
-        tensors += (2 if replaced else 2 + operands.residual) * again
+        tensors += (2 if replaced else 2 + operands.residual) * values_again
         bits += 0 if replaced else operands.bits * bits_again
     return tensors * plan.itemsize + bits
 
@@ -56,8 +61,8 @@ def _values(plan: Plan) -> int:
 
 
 def _again(plan: Plan) -> tuple[int, int]:
-    """Values, and bytes of bits, that a second pass reads: all, or on one launch all but each program's first tile."""
-    if plan.path == "split":
+    """Values, and bytes of bits, that a second pass reads: all, or all but what each program kept, its first tile."""
+    if plan.path in ("split", "stream") and not plan.tile.ONCE:
         return _values(plan), plan.bit_bytes
     tile, C = plan.tile, plan.shape[1]
     values, bits = _values(plan), plan.bit_bytes

@@ -1,0 +1,1 @@
+"""The page of results, made of the JSON files of all benchmarks."""

@@ -1,0 +1,175 @@
+"""Measured plans: what was tuned in this process, the user's cache, and the tables that come with the library.
+
+A table is a JSON file per GPU name. Only `tritonbn.tune` and `python -m bench tune` write one. A file that cannot be
+read, or is not for this GPU and version, is told of once and otherwise as if it were not there. Pure Python.
+"""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tritonbn.choice import Choice, Problem
+from tritonbn.device import Device
+from tritonbn.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # not a POSIX system: the last of several writers wins
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "tuned"
+
+
+class Entry(NamedTuple):
+    """A choice, microseconds of it and of the plan that was there before."""
+
+    choice: Choice
+    us: float
+    before_us: float
+
+
+_tuned: dict[tuple[Device, str], Entry] = {}
+_epoch = 0
+
+
+def epoch() -> int:
+    """A number that changes whenever `find` may give another answer."""
+    return _epoch
+
+
+def key(problem: Problem) -> str:
+    """What a measured choice holds for: sizes are rounded to half octaves, so a ragged last batch finds it too."""
+    N, C, S = problem.view
+    tile = problem.geometry[0]
+    lanes = f"{tile.GROUP}x{tile.SPAN}x{tile.FOLD}" if tile.SPAN * tile.FOLD > 1 else tile.BLOCK_L
+    kind = f"{problem.operation}{'-costly' if problem.costly else ''}/{problem.layout}/{8 * problem.itemsize}-bit"
+    return f"{kind}/lanes={lanes}/vector={tile.V}/C~{_half_octave(C)}/M~{_half_octave(N * S)}"
+
+
+def _half_octave(n: int) -> int:
+    return round(2 ** (round(2 * log2(n)) / 2))
+
+
+def find(problem: Problem, device: Device) -> tuple[Choice, str] | None:
+    """The measured choice for a problem of this kind, and where it is from; None if nothing was measured."""
+    name = key(problem)
+    if (tuned := _tuned.get((device, name))) is not None:
+        return tuned.choice, "tuned in this process"
+    for folder, origin in ((user_folder(), "the user's table"), (SHIPPED, "the library's table")):
+        if (entry := _read(path(folder, device), device).get(name)) is not None:
+            return entry.choice, origin
+    return None
+
+
+def remember(device: Device, entries: dict[str, Entry]) -> None:
+    """Have `find` answer with these in this process."""
+    global _epoch
+    _tuned.update({(device, name): entry for name, entry in entries.items()})
+    _epoch += 1
+
+
+def forget() -> None:
+    """Read files again, and drop what was tuned in this process."""
+    global _epoch
+    _tuned.clear()
+    _read.cache_clear()
+    _epoch += 1
+
+
+def user_folder() -> Path:
+    """$TRITONBN_CACHE_DIR, or tritonbn in the user's cache folder."""
+    if given := os.environ.get("TRITONBN_CACHE_DIR"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "tritonbn"
+
+
+def path(folder: Path, device: Device) -> Path:
+    """The file of a GPU in a folder."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device.name).strip('-')}-{__version__}.json"
+
+
+def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) -> Path | None:
+    """Add entries to the file of the GPU, whole or not at all, beside those of other processes; None if it cannot be.
+
+    What cannot be written is told of in a warning.
+    """
+    file = path(folder or user_folder(), device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(file):
+            _read.cache_clear()
+            there = _read(file, device) if file.exists() else {}
+            _write(file, device, there | entries)
+            _read.cache_clear()
+    except OSError as error:
+        warnings.warn(f"tuned plans are not kept: cannot write {file}: {error.strerror}", stacklevel=2)
+        return None
+    return file
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Alone among the processes that write this file."""
+    with file.with_suffix(".lock").open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(file: Path, device: Device, entries: dict[str, Entry]) -> None:
+    rows = {n: e.choice._asdict() | {"us": e.us, "before_us": e.before_us} for n, e in sorted(entries.items())}
+    content = {"format": FORMAT, "tritonbn": __version__, "gpu": device.name, "sms": device.sms, "plans": rows}
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-", suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as temporary:
+            json.dump(content, temporary, indent=1)
+        Path(name).chmod(0o644)
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@lru_cache(maxsize=64)
+def _read(file: Path, device: Device) -> dict[str, Entry]:
+    """The entries of a file, empty if there is none; with a warning, once, if it is not what it should be."""
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        return _ignored(file, str(error))
+    try:
+        content = json.loads(text)
+        for name, expected in (
+            ("format", FORMAT),
+            ("tritonbn", __version__),
+            ("gpu", device.name),
+            ("sms", device.sms),
+        ):
+            if content[name] != expected:
+                return _ignored(file, f"expected {name} {expected!r}, got {content[name]!r}")
+        return {str(name): _entry(row) for name, row in content["plans"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return _ignored(file, f"{type(error).__name__}: {error}")
+
+
+def _ignored(file: Path, why: str) -> dict[str, Entry]:
+    warnings.warn(f"the table of tuned plans {file} is ignored: {why}", stacklevel=2)
+    return {}
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    choice = Choice(**{name: row[name] for name in Choice._fields})
+    choice.check()
+    return Entry(choice, float(row["us"]), float(row["before_us"]))
