@@ -35,6 +35,7 @@ class StubDriver:
         self.target = target or GPUTarget("cuda", 90, 32)
         self.stream = 0
         self.count = 0
+        self.spills = 0
         self.keep = False  # the launches, not just their number
         self.launches: list[Launch] = []
         self.utils = self
@@ -53,7 +54,7 @@ class StubDriver:
 
     def load_binary(self, *args: Any) -> tuple[object, int, int, int, int]:
         """(module, function, registers, spills, most threads)."""
-        return object(), 1, 40, 0, 1024
+        return object(), 1, 40, self.spills, 1024
 
     def unload_module(self, module: object) -> None:
         pass

@@ -121,12 +121,12 @@ def backward(
     found: Signature | None = None,
 ) -> Gradients:
     """Gradients of (x, weight, bias, residual); dy of any strides is copied unless it is dense as x."""
-    x = dense(saved.x)
-    memory_format = memory_format_of(x)
+    memory_format = memory_format_of(saved.x)
+    x = saved.x.contiguous(memory_format=memory_format)
     dy = dy.resolve_neg().contiguous(memory_format=memory_format)
     residual = None if saved.residual is None else saved.residual.contiguous(memory_format=memory_format)
     saved = Saved(x, _contiguous(saved.weight), _contiguous(saved.bias), residual, *saved[4:])
-    plan = None if found is None else found.plan("backward", x, launch.costs(activation, saved.bits))
+    plan = None if found is None else found.plan("backward", x, activation.costly and saved.bits is None)
     if wanted[3] and activation == IDENTITY:  # nothing to compute
         only = *wanted[:3], False
         return launch.backward(dy, saved, training, activation, parameter_dtype, only, pooled, plan)._replace(

@@ -12,7 +12,7 @@ from tritonbn import autograd, launch, operators
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
 from tritonbn.plan import fits
 from tritonbn.planning import memory_format_of
-from tritonbn.signature import NONE, Signature, known, parameter_dtype
+from tritonbn.signature import NONE, SYMBOLIC, Signature, known, parameter_dtype
 
 Save = Literal["input", "output"]
 
@@ -90,7 +90,7 @@ def batch_norm(
         y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return act.apply(y if residual is None else y + residual)
     given = autograd.Forward(running_mean, running_var, training, float(momentum), float(eps), act)
-    compiling = torch.compiler.is_compiling()
+    compiling = found is SYMBOLIC
     if not compiling and torch._C._len_torch_dispatch_stack() == 0:
         save_output = save == "output" and found.records and recoverable(input, weight, bias, act)
         return autograd.batch_norm(input, weight, bias, residual, given, save_output, found)
@@ -137,24 +137,19 @@ def _signature(tensors: tuple[Any, ...], training: bool, momentum: float, eps: f
     ):
         return NONE
     if torch.compiler.is_compiling():
-        return _look(tensors, training)
+        return SYMBOLIC if _fit(tensors, training) else NONE
     return known(tensors, training, _look) if torch.autograd.forward_ad._current_level < 0 else NONE
 
 
 def _look(tensors: tuple[Any, ...], training: bool) -> Signature:
-    """The `Signature` of the tensors; when compiling they may be symbolic, and nothing must see each operation."""
-    x, running_mean, running_var, weight, bias, residual = tensors
-    grad = torch.is_grad_enabled()
-    if not torch.compiler.is_compiling() and not _is_plain([t for t in tensors if t is not None]):
-        return NONE
-    if not _fit(x, running_mean, running_var, weight, bias, residual, training) or (
-        grad and any(s is not None and s.requires_grad for s in (running_mean, running_var))
-    ):
+    """The `Signature` of the tensors."""
+    x, _, _, weight, bias, residual = tensors
+    if not _is_plain([t for t in tensors if t is not None]) or not _fit(tensors, training):
         return NONE
     memory_format = memory_format_of(x)
     return Signature(
         True,
-        grad and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)),
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)),
         all(t is None or t.is_contiguous(memory_format=memory_format) for t in (x, residual))
         and all(v is None or v.is_contiguous() for v in tensors[1:5]),
         memory_format,
@@ -177,16 +172,9 @@ def _is_plain(given: list[Any]) -> bool:
     )
 
 
-def _fit(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-) -> bool:
+def _fit(tensors: tuple[Any, ...], training: bool) -> bool:
     """Whether shapes, strides, dtypes and devices are those that the kernels take."""
+    x, running_mean, running_var, weight, bias, residual = tensors
     numel = x.numel()
     if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
         return False
@@ -201,6 +189,8 @@ def _fit(
     if not _vectors_fit(x, C, running_mean, running_var, weight, bias) or not _residual_fits(x, residual):
         return False
     statistics = [s for s in (running_mean, running_var) if s is not None]
+    if torch.is_grad_enabled() and any(s.requires_grad for s in statistics):
+        return False
     return C == 1 or all(s.stride(0) != 0 for s in statistics)  # expanded: updates would meet in one place
 
 

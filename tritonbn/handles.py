@@ -29,6 +29,10 @@ _runtime = triton.knobs.runtime
 Key = tuple[Any, ...]
 
 
+class TooManyPrograms(ValueError):
+    """Programs that wait for each other would not all be resident."""
+
+
 class Kernel(NamedTuple):
     """What is known of a kernel: its tensors come first, then sizes, then floating-point numbers, then constants."""
 
@@ -41,11 +45,11 @@ class Handle(NamedTuple):
     """A compiled kernel on its device, and how it is launched."""
 
     plan: Plan  # kept, so that its id, which is in the key, remains its own
+    compiled: CompiledKernel
     run: Any  # (grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments)
     function: int
     metadata: Any
     constants: tuple[Any, ...]  # the arguments after those that change, in the kernel's order
-    spills: int  # bytes of registers that went to memory
 
 
 _kernels: dict[int, Kernel] = {}
@@ -78,7 +82,8 @@ def options(plan: Plan) -> dict[str, Any]:
 def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
     """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
 
-    constants: its compile-time arguments beside T, which is the plan's tile.
+    constants: its compile-time arguments beside T, which is the plan's tile. Raises TooManyPrograms where programs that
+    wait for each other would not all be resident.
     """
     device = args[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
@@ -86,20 +91,27 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], c
             start(kernel, grid, plan, args, constants)
         return
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or _watched() or _HIP:
+        _must_fit(kernel, grid, plan, args, constants)
         kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         return
     key, addresses = _key(kernel, plan, device, args, constants)
     handle = _handles.get(key)
     if handle is None:
+        _must_fit(kernel, grid, plan, args, constants)
         compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         _keep(key, kernel, plan, compiled, args, constants)
         return
-    _, run, function, metadata, fixed, _ = handle
+    _, _, run, function, metadata, fixed = handle
     run(
         grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
         driver.active.get_current_stream(device), function, metadata, None, None, None,
         *addresses, *args[len(addresses) :], *fixed,
     )  # fmt: skip
+
+
+def _must_fit(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    if plan.cooperative and args[0].get_device() >= 0 and not fits_at_once(kernel, grid, plan, args, constants):
+        raise TooManyPrograms(f"the {prod(grid)} programs of {kernel.__name__} do not fit the GPU at a time: {plan}")
 
 
 def fits_at_once(
@@ -131,15 +143,15 @@ def fits_at_once(
 
 def spills(plan: Plan) -> int | None:
     """The most that a kernel spills of those that were launched by this very plan; None if none was."""
-    return max((handle.spills for handle in _handles.values() if handle.plan is plan), default=None)
+    return max((h.compiled.n_spills or 0 for h in list(_handles.values()) if h.plan is plan), default=None)
 
 
 def _watched() -> bool:
-    """Whether there are hooks on launches, as profilers set: None or a function; a chain of `calls` from 3.5 on."""
-    for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", None) != []:
-            return True
-    return False
+    """Whether there are hooks on launches, as profilers set: chains of `calls`; in Triton 3.4 a function or None."""
+    try:
+        return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
+    except AttributeError:
+        return _runtime.launch_enter_hook is not None or _runtime.launch_exit_hook is not None
 
 
 def _key(
@@ -195,6 +207,4 @@ def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any],
     if len(_handles) >= LIMIT:
         _handles.clear()
     fixed = tuple(values[name] for name in rest)
-    _handles[key] = Handle(
-        plan, compiled.run, compiled.function, compiled.packed_metadata, fixed, compiled.n_spills or 0
-    )
+    _handles[key] = Handle(plan, compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed)

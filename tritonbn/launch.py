@@ -1,8 +1,7 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. `pooled` is whether scratch memory may be kept from call to call, see `tickets.py`. A `plan` that
-is not given is looked up.
+dy are laid out as x. `pooled`: scratch memory may be kept from call to call, see `tickets.py`. `plan`: if it is known.
 """
 
 from typing import Any, NamedTuple
@@ -128,7 +127,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan or plan_for("backward", x, costs(activation, bits))
+    plan = plan or plan_for("backward", x, activation.costly and bits is None)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -141,7 +140,7 @@ def backward(
     ):  # fmt: skip
         return gradients
     if plan.cooperative or (plan.ctas > 1 and not both_passes):
-        plan = independent(problem_of("backward", x, costs(activation, bits)), device_of(x.device))
+        plan = independent(problem_of("backward", x, activation.costly and bits is None), device_of(x.device))
     if plan.launches == 1 and both_passes:
         _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
         return gradients
@@ -168,11 +167,6 @@ def backward(
     return gradients
 
 
-def costs(activation: Activation, bits: Tensor | None) -> bool:
-    """Whether the backward computes exponentials for each element."""
-    return bits is None and activation.costly
-
-
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -185,9 +179,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **consta
 
 def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:
     """Launch programs that wait for each other; False, and nothing happens, if the GPU cannot hold all at a time."""
-    if args[0].is_cuda and not handles.fits_at_once(kernel, plan.grid, plan, args, constants):
+    try:
+        _launch(kernel, plan.grid, plan, *args, **constants)
+    except handles.TooManyPrograms:
         return False
-    _launch(kernel, plan.grid, plan, *args, **constants)
     return True
 
 
@@ -207,18 +202,18 @@ def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = arithmetic_dtype(x)
     if like is None or like.dtype is not dtype:
         like = torch.empty(x.shape[1], dtype=dtype, device=x.device)
-        return like, torch.empty_like(like)
     return torch.empty_like(like), torch.empty_like(like)
 
 
 def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
-    def like_x(want: bool) -> Tensor | None:
-        return torch.empty_like(x, memory_format=memory_format_of(x)) if want else None
-
-    def vector(want: bool) -> Tensor | None:
-        return torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None
-
-    return Gradients(like_x(wanted[0]), vector(wanted[1]), vector(wanted[2]), like_x(wanted[3]))
+    memory_format = memory_format_of(x)
+    dx, dresidual = (
+        torch.empty_like(x, memory_format=memory_format) if want else None for want in (wanted[0], wanted[3])
+    )
+    dweight, dbias = (
+        torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None for want in wanted[1:3]
+    )
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
 def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose, pooled: bool) -> tuple[Tensor, Tensor]:

@@ -21,17 +21,20 @@ class Signature(NamedTuple):
     dense: bool  # x and residual are dense in `memory_format`, all vectors contiguous: nothing has to be copied
     memory_format: torch.memory_format  # of the result
     parameter_dtype: torch.dtype  # of the gradients of weight and bias
-    plans: dict[tuple[Operation, bool], tuple[int, Plan]]
+    plans: dict[tuple[Operation, bool, bool], tuple[int, Plan]]
 
     def plan(self, operation: Operation, x: Tensor, costly: bool = False) -> Plan:
         """The plan for x, dense."""
-        now, kept = epoch(), self.plans.get((operation, costly))
+        key = operation, costly, torch.are_deterministic_algorithms_enabled()
+        now, kept = epoch(), self.plans.get(key)
         if kept is None or kept[0] != now:
-            kept = self.plans[operation, costly] = now, plan_for(operation, x, costly)
+            kept = self.plans[key] = now, plan_for(operation, x, costly)
         return kept[1]
 
 
 NONE = Signature(False, False, False, torch.contiguous_format, torch.float32, {})
+# Of tensors in compiled code, which say no more.
+SYMBOLIC = NONE._replace(fits=True)
 _known: dict[tuple[Any, ...], tuple[Any, Signature]] = {}
 
 
