@@ -27,6 +27,7 @@ from bench.stub import StubDriver, stubbed
 from tritonbn import handles, launch
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
+from tritonbn.planning import plan_for
 from tritonbn.timing import Quartiles, quartiles
 
 TORCH = torch.nn.functional.batch_norm
@@ -137,7 +138,7 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     if case.make is _function:
         x, w, b = t.x.detach(), t.w.detach(), t.b.detach()
         with forced(case.path):
-            plan = launch.plan_for("forward", x)
+            plan = plan_for("forward", x)
 
         def inner() -> object:
             return launch.forward(x, None, w, b, t.mean, t.var, 0.1, 1e-5, plan=plan)

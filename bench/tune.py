@@ -12,7 +12,7 @@ from bench.files import writable_folder
 from bench.measure import pick_device
 from bench.problem import CHANNELS_LAST, DTYPES, LAYOUTS, layouts_of
 from bench.shapes import SETS, shape
-from tritonbn import launch, model, tables, tuning
+from tritonbn import model, planning, tables, tuning
 from tritonbn.device import H200
 from tritonbn.layers import Layer
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(str(result), soft_wrap=True)
     faster = sum(result.after != result.before for result in found)
     console.print(f"{len(found)} problems measured, {faster} plans replaced", soft_wrap=True)
-    console.print(f"Written: {tables.path(folder, launch._device(device))}", soft_wrap=True)
+    console.print(f"Written: {tables.path(folder, planning.device_of(device))}", soft_wrap=True)
     return 0
 
 

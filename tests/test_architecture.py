@@ -35,6 +35,7 @@ ORDER = [
     "autograd",
     "signature",
     "launch",
+    "planning",
     "handles",
     "occupancy",
     "reference",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Layout
-from tritonbn import launch, tickets
+from tritonbn import launch, planning, tickets
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.launch import Saved
@@ -79,7 +79,7 @@ def test_kernels_move_what_the_plan_says(layout: Layout, path: Any, name: str, r
     added = z if residual else None
     bits_kept = keeps_bits(added, activation)
     with forced(path):
-        plan = launch.plan_for("forward" if training else "inference", x)
+        plan = planning.plan_for("forward" if training else "inference", x)
         with counted(x.numel()) as forward:
             if training:
                 _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, activation, bits_kept)
@@ -89,7 +89,7 @@ def test_kernels_move_what_the_plan_says(layout: Layout, path: Any, name: str, r
 
         needs_z = activation != IDENTITY and not bits_kept
         saved = Saved(x, weight, bias, added if needs_z else None, bits, mean, var)
-        plan = launch.plan_for("backward", x, activation.costly)
+        plan = planning.plan_for("backward", x, activation.costly)
         for dx in (True, False):
             for parameters in (True, False):
                 for dresidual in {False, residual and activation != IDENTITY}:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonbn.choice import Plan
-from tritonbn.launch import plan_for
 from tritonbn.layers import layers_of
+from tritonbn.planning import plan_for
 
 
 def explain(x_or_module: Tensor | nn.Module, *inputs: Any, **options: Any) -> str:

@@ -10,8 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
-from tritonbn.launch import memory_format_of
 from tritonbn.plan import fits
+from tritonbn.planning import memory_format_of
 from tritonbn.signature import NONE, SYMBOLIC, Signature, known, parameter_dtype
 
 Save = Literal["input", "output"]

@@ -41,11 +41,11 @@ class Handle(NamedTuple):
     """A compiled kernel on its device, and how it is launched."""
 
     plan: Plan  # kept, so that its id, which is in the key, remains its own
-    compiled: CompiledKernel
     run: Any  # (grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments)
     function: int
     metadata: Any
     constants: tuple[Any, ...]  # the arguments after those that change, in the kernel's order
+    spills: int  # bytes of registers that went to memory
 
 
 _kernels: dict[int, Kernel] = {}
@@ -78,8 +78,7 @@ def options(plan: Plan) -> dict[str, Any]:
 def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
     """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
 
-    constants: its compile-time arguments beside T, which is the plan's tile. Raises ValueError where programs that wait
-    for each other would not all be resident.
+    constants: its compile-time arguments beside T, which is the plan's tile.
     """
     device = args[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
@@ -92,12 +91,10 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], c
     key, addresses = _key(kernel, plan, device, args, constants)
     handle = _handles.get(key)
     if handle is None:
-        if plan.cooperative and device >= 0 and not fits_at_once(kernel, grid, plan, args, constants):
-            raise ValueError(f"the {prod(grid)} programs of {kernel.__name__} do not fit the GPU at a time: {plan}")
         compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         _keep(key, kernel, plan, compiled, args, constants)
         return
-    _, _, run, function, metadata, fixed = handle
+    _, run, function, metadata, fixed, _ = handle
     run(
         grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
         driver.active.get_current_stream(device), function, metadata, None, None, None,
@@ -132,9 +129,9 @@ def fits_at_once(
     return known[0]
 
 
-def spills(plan: Plan) -> bool:
-    """Whether a kernel that was launched for the plan keeps registers in memory."""
-    return any(handle.compiled.n_spills > 0 for handle in list(_handles.values()) if handle.plan == plan)
+def spills(plan: Plan) -> int | None:
+    """The most that a kernel spills of those that were launched by this very plan; None if none was."""
+    return max((handle.spills for handle in _handles.values() if handle.plan is plan), default=None)
 
 
 def _watched() -> bool:
@@ -198,4 +195,6 @@ def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any],
     if len(_handles) >= LIMIT:
         _handles.clear()
     fixed = tuple(values[name] for name in rest)
-    _handles[key] = Handle(plan, compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed)
+    _handles[key] = Handle(
+        plan, compiled.run, compiled.function, compiled.packed_metadata, fixed, compiled.n_spills or 0
+    )

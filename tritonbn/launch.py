@@ -4,7 +4,6 @@ All functions take x dense in its memory format, see `memory_format_of`, and ret
 dy are laid out as x. `pooled`: scratch memory may be kept from call to call, see `tickets.py`. `plan`: if it is known.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from tritonbn import handles
 from tritonbn.activations import IDENTITY, Activation
-from tritonbn.choice import Problem
-from tritonbn.device import Device, described
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
-from tritonbn.plan import Operation, Plan, make_plan
+from tritonbn.plan import Plan, independent
+from tritonbn.planning import device_of, memory_format_of, plan_for, problem_of
 from tritonbn.tickets import Purpose, scratch
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
@@ -70,12 +68,13 @@ def forward(
     mean, rstd = _vectors(x, running_mean)
     operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
     if plan.cooperative:
-        _launch(
-            cooperative_forward_kernel, plan.grid, plan,
+        if _launch_together(
+            cooperative_forward_kernel, plan,
             *operands, *_scratch(x, plan, 3, "semaphores", pooled), *_sizes(plan), plan.reduce_tiles,
             plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
-        )  # fmt: skip
-        return y, bits, mean, rstd
+        ):  # fmt: skip
+            return y, bits, mean, rstd
+        plan = independent(problem_of("forward", x), device_of(x.device))
     if plan.launches == 1:
         _launch(forward_kernel, (plan.groups,), plan, *operands, *_sizes(plan), eps, momentum, ACT=activation)
         return y, bits, mean, rstd
@@ -128,22 +127,24 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan or plan_for("backward", x, activation.costly and bits is None)
+    plan = plan or plan_for("backward", x, costs(activation, bits))
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
     operands = dy, x, residual, bits, *vectors
-    if plan.cooperative and training and dx is not None:
-        _launch(
-            cooperative_backward_kernel, plan.grid, plan,
-            *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *_sizes(plan),
-            plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
-        )  # fmt: skip
+    both_passes = training and dx is not None
+    if plan.cooperative and both_passes and _launch_together(
+        cooperative_backward_kernel, plan,
+        *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *_sizes(plan),
+        plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
+    ):  # fmt: skip
         return gradients
-    if plan.launches == 1 and training and dx is not None:
+    if plan.cooperative or (plan.ctas > 1 and not both_passes):
+        plan = independent(problem_of("backward", x, costs(activation, bits)), device_of(x.device))
+    if plan.launches == 1 and both_passes:
         _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
         return gradients
-    sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if training and dx is not None else None
+    sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if both_passes else None
     if not (dweight is None and dbias is None and sums is None):
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
@@ -166,39 +167,27 @@ def backward(
     return gradients
 
 
+def costs(activation: Activation, bits: Tensor | None) -> bool:
+    """Whether the backward computes exponentials for each element."""
+    return bits is None and activation.costly
+
+
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The format of the result for x [N, C, ...], as torch chooses it: channels_last(_3d) is kept, also when gapped."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
-        return last
-    return torch._prims_common.suggest_memory_format(x)
-
-
-def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
-    """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it."""
-    tuned = not torch.are_deterministic_algorithms_enabled()
-    return make_plan(*problem_of(operation, x, costly)[:4], _device(x.device), costly, tuned)
-
-
-def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:
-    """`operation` on dense x, as plans are made for it."""
-    N, C = x.shape[0], x.shape[1]
-    S = x.numel() // (N * C)
-    if S == 1 or memory_format_of(x) is not torch.contiguous_format:
-        return Problem(operation, "rows", (N * S, C, 1), x.element_size(), costly)
-    return Problem(operation, "planes", (N, C, S), x.element_size(), costly)
-
-
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
     """The one place where a kernel starts."""
     handles.start(kernel, grid, plan, args, constants)
+
+
+def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:
+    """Launch programs that wait for each other; False, and nothing happens, if the GPU cannot hold all at a time."""
+    if args[0].is_cuda and not handles.fits_at_once(kernel, plan.grid, plan, args, constants):
+        return False
+    _launch(kernel, plan.grid, plan, *args, **constants)
+    return True
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
@@ -235,16 +224,3 @@ def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose, pooled: bool)
     """Room for partial results [P, values, C] in the dtype of the arithmetic on x, and counters of the groups."""
     counters = plan.slots if purpose == "semaphores" else plan.groups
     return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), purpose, counters, pooled)
-
-
-@lru_cache(maxsize=64)
-def _device(device: torch.device) -> Device:
-    clusters = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
-    if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
-        return Device(cooperative=device.type != "cpu", clusters=clusters)
-    p = torch.cuda.get_device_properties(device)
-    data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
-    nvidia = not torch.version.hip
-    return described(
-        p.name, p.multi_processor_count, getattr(p, "L2_cache_size", 0), data_sheet, nvidia, clusters and p.major >= 9
-    )

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tritonbn.launch import memory_format_of
 from tritonbn.modules import TritonBatchNorm
+from tritonbn.planning import memory_format_of
 
 
 class Layer(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonbn.launch import plan_for
 from tritonbn.plan import Operation, Plan, epoch
+from tritonbn.planning import plan_for
 
 # Signatures that are kept; all are forgotten when there are too many, of shapes that never repeat.
 LIMIT = 4096

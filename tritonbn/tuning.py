@@ -6,19 +6,19 @@ Nothing here runs by itself: where no measurement is at hand, training goes on w
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tritonbn import handles, launch, model, tables, timing
+from tritonbn import handles, launch, model, planning, tables, timing
 from tritonbn.activations import IDENTITY, resolve
-from tritonbn.choice import Choice, Operation, Plan, Problem, build
+from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device
 from tritonbn.layers import Layer, layers_of
-from tritonbn.plan import check, forced, make_plan
+from tritonbn.plan import forced, make_plan
 from tritonbn.tables import Entry
 
 # A challenger must be faster by so much than what there is: less is noise.
@@ -110,10 +110,10 @@ def tune_layers(
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune cannot run while a CUDA graph is captured")
     where = torch.device("cuda" if device is None else device)
-    if where.index is None:
+    if str(where) == "cuda":
         where = torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.device(where), timing.measuring(where):
-        gpu = launch._device(where)
+        gpu = planning.device_of(where)
         return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress)
 
 
@@ -126,7 +126,7 @@ def problems(layers: Iterable[Layer], device: Device, again: bool) -> dict[Probl
     for layer in layers:
         x = layer.empty("meta")
         for operation in OPERATIONS:
-            problem = launch.problem_of(operation, x)
+            problem = planning.problem_of(operation, x)
             if again or tables.find(problem, device) is None:
                 found.setdefault(tables.key(problem), (problem, layer))
     return dict(sorted(found.values(), key=lambda pair: -pair[0].operands * pair[0].data))
@@ -176,7 +176,7 @@ def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | 
     for plan in (*first_of_each_path, *by_time[:MOST]):
         if plan not in times:
             times[plan] = measure(plan)
-    for plan in neighbours(fastest(), problem, device):
+    for plan in model.neighbours(fastest(), problem, device):
         if plan not in times:
             times[plan] = measure(plan)
     after = fastest()
@@ -186,40 +186,20 @@ def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | 
     return Tuned(problem, before, after, before_us, times[after] or before_us, timed, len(times) - timed)
 
 
-def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
-    """Plans that differ in one thing: rows, lanes, warps, splits, tiles of the second pass, stages."""
-    choice = plan.choice
-    changes: list[Choice] = []
-    for name in ("block_r", "block_l", "num_warps", "splits", "apply_tiles", "slots"):
-        value = getattr(choice, name)
-        changes += [choice._replace(**{name: changed}) for changed in (2 * value, value // 2) if changed]
-    changes += [choice._replace(stages=stages) for stages in (1, 2, 3) if stages != choice.stages]
-    found = set()
-    for changed in changes:
-        try:
-            changed.check()
-            found.add(check(build(problem, changed), device))
-        except ValueError:
-            continue
-    yield from sorted(found - {plan}, key=lambda near: model.seconds(near, problem, device))
-
-
 def _timer(device: torch.device) -> Callable[[Problem, Layer], Measure]:
     """Times plans cold, in CUDA graphs, on random tensors; None for those that spill or cannot run."""
 
     def prepare(problem: Problem, layer: Layer) -> Measure:
         slots = timing.slots_for(problem.data, torch.cuda.get_device_properties(device).L2_cache_size)
         call = _call(problem, layer, slots, device)
-        least = max(LEAST_SECONDS, problem.operands * problem.data / launch._device(device).bandwidth)
+        gpu = planning.device_of(device)
+        least = max(LEAST_SECONDS, problem.operands * problem.data / gpu.bandwidth)
 
         def measure(plan: Plan) -> float | None:
             with forced(choice=plan.choice):
-                try:
-                    call(0)  # compiles
-                except ValueError:  # its programs do not fit the GPU at a time
-                    return None
-                if handles.spills(make_plan(*problem[:4], launch._device(device), problem.costly)):
-                    return None
+                call(0)  # compiles
+                if handles.spills(make_plan(*problem[:4], gpu, problem.costly)) != 0:
+                    return None  # or its programs do not fit the GPU at a time, and others were launched
                 return timing.measure(call, slots, device, least, SAMPLES).us
 
         return measure
