@@ -51,7 +51,7 @@ def test_a_run_and_one_compared_with_it(tmp_path: Path) -> None:
 def test_parts_are_differences() -> None:
     figures = {name: Quartiles(0, us, 99) for name, us in
                {"ours": 20.0, "no_grad": 13.0, "inner": 9.0, "no_launch": 5.0}.items()}  # fmt: skip
-    assert overhead.parts(figures) == {"checks": 4.0, "autograd": 7.0, "plan and allocation": 5.0, "launch": 4.0}
+    assert overhead.parts(figures) == {"checks and plan": 4.0, "autograd": 7.0, "allocation": 5.0, "launch": 4.0}
     assert overhead.parts({"ours": figures["ours"]}) is None
 
 

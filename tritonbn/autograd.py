@@ -126,7 +126,7 @@ def backward(
     dy = dy.resolve_neg().contiguous(memory_format=memory_format)
     residual = None if saved.residual is None else saved.residual.contiguous(memory_format=memory_format)
     saved = Saved(x, _contiguous(saved.weight), _contiguous(saved.bias), residual, *saved[4:])
-    plan = None if found is None else found.plan("backward", x, activation.costly and saved.bits is None)
+    plan = None if found is None else found.plan("backward", x, launch.costs(activation, saved.bits))
     if wanted[3] and activation == IDENTITY:  # nothing to compute
         only = *wanted[:3], False
         return launch.backward(dy, saved, training, activation, parameter_dtype, only, pooled, plan)._replace(

@@ -127,7 +127,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan or plan_for("backward", x, activation.costly and bits is None)
+    plan = plan or plan_for("backward", x, costs(activation, bits))
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -165,6 +165,11 @@ def backward(
         ACT=activation,
     )  # fmt: skip
     return gradients
+
+
+def costs(activation: Activation, bits: Tensor | None) -> bool:
+    """Whether the backward computes exponentials for each element."""
+    return bits is None and activation.costly
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
