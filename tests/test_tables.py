@@ -31,6 +31,8 @@ PLAIN = Device("NVIDIA H200", 132, cooperative=False)
 CLUSTERED = Device("NVIDIA H200", 132, clusters=True)
 LAYER = Problem("forward", "planes", (256, 64, 3136), 2)
 OTHER = Problem("backward", "rows", (4096, 1024, 1), 2)
+SMALL = Problem("backward", "rows", (64, 64, 1), 2)
+FOLDED = Problem("forward", "planes", (32, 2048, 49), 2)
 # Nothing that the model would choose.
 MEASURED = Choice("split", 2, 1024, 4, splits=5, apply_tiles=3)
 ENTRY = Entry(MEASURED, 120.0, 150.0)
@@ -258,12 +260,16 @@ def test_file_without(name: str, file: Path) -> None:
 
 
 NUMBERS = ["block_r", "block_l", "num_warps", "splits", "apply_tiles", "slots", "ctas", "stages"]
+NAN = float("nan")
+NOT_INTEGERS: list[Any] = [-1, 1.0, 2.5, True, "4", None, [4], {}, 1 << 40, NAN]
+NOT_PATHS: list[Any] = ["fast", "", "Split", "cluster", None, 1, True, ["split"], {}]
+NOT_TIMES: list[Any] = [0, -1.0, True, "2", None, NAN, 10**400]
 BAD: list[tuple[str, Any]] = [
-    *((name, value) for name in NUMBERS for value in (-1, 1.0, 2.5, True, "4", None, [4], {}, 1 << 40, float("nan"))),
+    *((name, value) for name in NUMBERS for value in NOT_INTEGERS),
     *((name, 0) for name in NUMBERS if name != "slots"),
     *((name, 3) for name in ("block_r", "block_l", "num_warps", "ctas")),
-    *(("path", value) for value in ("fast", "", "Split", "cluster", None, 1, True, ["split"], {})),
-    *((name, value) for name in ("us", "before_us") for value in (0, -1.0, True, "2", None, float("nan"), 10**400)),
+    *(("path", value) for value in NOT_PATHS),
+    *((name, value) for name in ("us", "before_us") for value in NOT_TIMES),
     ("num_warps", 32), ("splits", 65536), ("apply_tiles", 65536), ("slots", 65536), ("ctas", 16), ("ctas", 2),
     ("stages", 9), ("us", float("inf")), ("before_us", [2.0]), ("us", 1e12),
 ]  # fmt: skip
@@ -300,10 +306,10 @@ UNSUITABLE = {
     "share-of-two-tiles": (Choice("cooperative", 2, 1024, 4, splits=5), LAYER, GPU),
     "cooperative-without-room": (Choice("cooperative", 1, 1024, 1, splits=65535), LAYER, GPU),
     "stream-without-room": (Choice("stream", 1, 1024, 16, splits=3, slots=64), LAYER, GPU),
-    "cooperative-without-cooperation": (Choice("cooperative", 32, 512, 8, splits=2), OTHER._replace(shape=(64, 64, 1)), PLAIN),
+    "cooperative-without-cooperation": (Choice("cooperative", 32, 512, 8, splits=2), SMALL, PLAIN),
     "stream-without-cooperation": (Choice("stream", 2, 1024, 8, splits=2, slots=1), LAYER, PLAIN),
-    "cluster-without-clusters": (Choice("cluster", 64, 64, 8, ctas=2), OTHER._replace(shape=(64, 64, 1)), GPU),
-    "cluster-that-would-gather": (Choice("cluster", 8, 1024, 8, ctas=2), LAYER._replace(shape=(32, 2048, 49)), CLUSTERED),
+    "cluster-without-clusters": (Choice("cluster", 64, 64, 8, ctas=2), SMALL, GPU),
+    "cluster-that-would-gather": (Choice("cluster", 32, 512, 8, ctas=2), FOLDED, CLUSTERED),
     "inference-as-one-launch": (MEASURED._replace(path="single"), LAYER._replace(operation="inference"), GPU),
     "inference-as-a-stream": (MEASURED._replace(path="stream"), LAYER._replace(operation="inference"), GPU),
 }  # fmt: skip
@@ -311,7 +317,7 @@ UNSUITABLE = {
 
 @pytest.mark.parametrize("name", UNSUITABLE)
 def test_measured_plan_that_cannot_run_here(name: str) -> None:
-    """Silently the model's: a table is for sizes near the one measured, and for the interpreter too; nothing is wrong."""
+    """Silently the model's: a table is for sizes near the one measured, and for the interpreter too."""
     choice, problem, device = UNSUITABLE[name]
     with told(0):
         tables.save(device, {key(problem): Entry(choice, 1.0, 2.0), key(LAYER._replace(itemsize=4)): ENTRY})
@@ -323,9 +329,9 @@ def test_measured_plan_that_cannot_run_here(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "problem", "device"),
-    [(Choice("cooperative", 32, 512, 8, splits=2), OTHER._replace(shape=(64, 64, 1)), GPU),
+    [(Choice("cooperative", 32, 512, 8, splits=2), SMALL, GPU),
      (Choice("stream", 2, 1024, 8, splits=2, slots=1), LAYER, GPU),
-     (Choice("cluster", 64, 64, 8, ctas=2), OTHER._replace(shape=(64, 64, 1)), CLUSTERED),
+     (Choice("cluster", 64, 64, 8, ctas=2), SMALL, CLUSTERED),
      (MEASURED._replace(stages=4), LAYER, GPU), (MEASURED, LAYER._replace(operation="inference"), GPU)],
     ids=["cooperative", "stream", "cluster", "stages", "inference"],
 )  # fmt: skip
@@ -340,12 +346,13 @@ def test_measured_plan_that_can(choice: Choice, problem: Problem, device: Device
 CHOICES = st.builds(
     Choice,
     path=st.sampled_from(["single", "cooperative", "stream", "split"]),
-    block_r=st.integers(0, 20).map(lambda bit: 1 << bit),
-    block_l=st.integers(0, 20).map(lambda bit: 1 << bit),
+    block_r=st.integers(0, 20).map(lambda bit: 1 << bit) | st.sampled_from([1, 2, 4, 8, 16]),
+    block_l=st.integers(0, 20).map(lambda bit: 1 << bit) | st.sampled_from([8, 64, 128, 512]),
     num_warps=st.integers(0, 4).map(lambda bit: 1 << bit),
     splits=st.integers(1, 64) | st.integers(1, 65535),
     apply_tiles=st.integers(1, 64) | st.integers(1, 65535),
     slots=st.integers(0, 8) | st.integers(0, 65535),
+    ctas=st.just(1),
     stages=st.integers(1, 8),
 )
 CLUSTERS = st.tuples(CHOICES, st.sampled_from([2, 4, 8])).map(lambda c: c[0]._replace(path="cluster", ctas=c[1]))
@@ -402,7 +409,7 @@ def test_a_ragged_last_batch_finds_what_was_measured_for_whole_ones(layout: Any,
 
 
 def test_the_name_of_a_bucket() -> None:
-    assert key(LAYER) == "forward/planes/16-bit/lanes=512/vector=8/C~64/M~741455"
+    assert key(LAYER) == "forward/planes/16-bit/lanes=256/vector=8/C~64/M~741455"
     assert key(OTHER._replace(costly=True)) == "backward-costly/rows/16-bit/lanes=64/vector=8/C~1024/M~4096"
     assert key(Problem("forward", "rows", (60, 100, 1), 2)) == (
         "forward/rows/16-bit/lanes=100x1x2/vector=8/C~91/M~64"
@@ -446,14 +453,16 @@ def not_root() -> Iterator[None]:
 
 
 @contextmanager
-def folder_with(mode: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's folder, with a table, where all may look; the folder of that mode."""
+def folder_with(mode: int, monkeypatch: pytest.MonkeyPatch, file_mode: int = 0o644) -> Iterator[Path]:
+    """The user's folder with a table, of those modes, in one that all may enter."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         folder = Path(name) / "cache"
+        monkeypatch.setattr(tables, "SHIPPED", Path(name) / "shipped")
         monkeypatch.setenv("TRITONBN_CACHE_DIR", str(folder))
         tables.save(GPU, {key(LAYER): ENTRY})
         tables.forget()
+        tables.path(folder, GPU).chmod(file_mode)
         folder.chmod(mode)
         try:
             with not_root():
@@ -490,13 +499,7 @@ def test_folder_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
 def test_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    with folder_with(0o755, monkeypatch) as folder:
-        file = tables.path(folder, GPU)
-        if os.getuid() == 0:
-            os.seteuid(0)
-        file.chmod(0o000)
-        if os.getuid() == 0:
-            os.seteuid(65534)
+    with folder_with(0o755, monkeypatch, 0o000):
         assert_ignored("Permission denied")
 
 
@@ -528,6 +531,7 @@ def test_link_to_nowhere(file: Path) -> None:
     assert plan_of().choice == MEASURED
 
 
+@pytest.mark.usefixtures("file")
 def test_gpu_with_a_name_too_long_for_a_file() -> None:
     device = Device("x" * 300, 132)
     with told(1, "name too long"):
