@@ -1,6 +1,7 @@
 """Where the tests run: on the GPU when there is one, else in Triton's interpreter on CPU tensors."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
 from tritonbn import launch, signature, tickets
+
+# Nothing that is planned from here on reads or writes the user's measured plans, nor do processes that a test starts.
+CACHE = tempfile.TemporaryDirectory(prefix="tritonbn-tests-")
+os.environ["TRITONBN_CACHE_DIR"] = CACHE.name
+
+
+def pytest_unconfigure() -> None:
+    CACHE.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritonbn.plan import Device, Plan, fits, forced, make_plan
+from tests.sound import assert_sound
+from tritonbn.plan import Device, fits, forced, make_plan
 
 H200 = Device("NVIDIA H200", 132)
 
@@ -72,19 +73,6 @@ def test_print_says_what_runs() -> None:
     assert "folded tiles 512 x 8 (8 channels), 128-bit access" in text
 
 
-def covered(plan: Plan) -> tuple[int, int]:
-    """Elements that the tiles of all programs reach, counted as the kernels do, and those that there are."""
-    tile, (N, C, S) = plan.tile, plan.shape
-    if C == 1:
-        N, S = 1, N * S
-    if tile.GROUP == 1:
-        row_length, extent = C * plan.width * tile.V, plan.width * tile.V
-    else:
-        row_length, extent = plan.width * tile.V, tile.FOLD * tile.GROUP * tile.SPAN
-    lanes = min(extent, -(-extent // tile.BLOCK_L) * tile.BLOCK_L) * plan.groups
-    return plan.rows * min(lanes, row_length), N * C * S
-
-
 @settings(max_examples=500, deadline=None)
 @given(
     rows=st.booleans(),
@@ -92,26 +80,17 @@ def covered(plan: Plan) -> tuple[int, int]:
     itemsize=st.sampled_from([2, 4, 8]),
     operation=st.sampled_from(["forward", "backward", "inference"]),
     sms=st.integers(1, 200),
+    cooperative=st.booleans(),
+    clusters=st.booleans(),
 )
-def test_every_plan_is_sound(rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int) -> None:
+def test_every_plan_is_sound(
+    rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int, cooperative: bool, clusters: bool
+) -> None:
     N, C, S = shape
     if rows:
         shape, S = (N * S, C, 1), 1
-    plan = make_plan(operation, "rows" if rows else "planes", shape, itemsize, Device("x", sms))
-    tile = plan.tile
-    for block in (tile.BLOCK_R, tile.BLOCK_L, tile.BLOCK_G, tile.BLOCK_F, plan.merge_block, plan.num_warps):
-        assert block & (block - 1) == 0, "blocks are powers of two"
-    reached, there = covered(plan)
-    assert reached == there, "each element belongs to one program"
-    assert plan.rows * tile.FOLD == (1 if C == 1 else shape[0])
-    assert tile.BLOCK_G >= tile.GROUP
-    assert (1 if tile.GROUP == 1 else tile.SPAN * tile.FOLD) <= tile.BLOCK_F
-    assert tile.GROUP == 1 or tile.GROUP * tile.SPAN * tile.FOLD <= tile.BLOCK_L
-    assert plan.splits * plan.reduce_tiles >= plan.tiles > (plan.splits - 1) * plan.reduce_tiles
-    assert plan.apply_splits * plan.apply_tiles >= plan.tiles
-    assert max(plan.splits, plan.apply_splits) <= 65535, "the second axis of a grid"
-    assert tile.V * itemsize <= 16
-    assert tile.BLOCK_R * tile.BLOCK_L * itemsize <= 32 << 10
+    device = Device("x", sms, cooperative=cooperative, clusters=clusters)
+    assert_sound(make_plan(operation, "rows" if rows else "planes", shape, itemsize, device), device)
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward", "inference"])

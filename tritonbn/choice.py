@@ -10,10 +10,8 @@ Operation = Literal["forward", "backward", "inference"]
 Layout = Literal["rows", "planes"]
 Path = Literal["single", "cluster", "cooperative", "stream", "split"]
 
-# Bytes that the registers of one program can hold, whatever else they have to.
-LARGEST_TILE = 64 << 10
-# The second axis of a CUDA grid.
-GRID_LIMIT = 65535
+LARGEST_TILE = 64 << 10  # bytes that the registers of one program can hold, whatever else they have to
+GRID_LIMIT = 65535  # the second axis of a CUDA grid
 
 
 class Problem(NamedTuple):
@@ -77,8 +75,8 @@ class Choice(NamedTuple):
                 raise ValueError(f"{name} must be an integer from {least} to {most}, but got {value!r}")
             if powers and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, but got {value}")
-        if self.ctas > 1 and self.path != "cluster":
-            raise ValueError(f"programs of {self.ctas} CTAs are for path cluster, but got {self.path}")
+        if (self.ctas > 1) != (self.path == "cluster"):
+            raise ValueError(f"path cluster has programs of several CTAs, but got {self.path} and {self.ctas}")
 
 
 # Of the integers of a choice: the most, and whether they are powers of two.
@@ -203,22 +201,26 @@ class Plan:
 def build(problem: Problem, choice: Choice) -> Plan:
     """The plan for `problem` by `choice`; blocks and splits are cut to its size.
 
-    Raises ValueError where the path cannot run it: a slice that its tile does not hold.
+    Raises ValueError where the choice cannot run it, such as a slice that its tile does not hold.
     """
     tile, width = problem.geometry
     rows, C = problem.rows, problem.view[1]
     block_r, block_l = min(choice.block_r, power_of_two(rows)), choice.block_l
-    if tile.GROUP == 1:
-        block_l = min(block_l, max(8, power_of_two(problem.view[2])))
-    elif tile.SPAN * tile.FOLD == 1:  # lanes are channels
-        block_l = min(block_l, power_of_two(C))
-        tile = tile._replace(GROUP=block_l, BLOCK_G=block_l)
-    else:
+    lanes = power_of_two(problem.view[2] if tile.GROUP == 1 else C)
+    if tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
         block_l = tile.BLOCK_L
+    elif block_l < min(8, lanes):  # forward and backward may have different plans, but the bits between them are alike
+        raise ValueError(f"a byte of packed bits belongs to one block of lanes, but got {block_l} of {lanes} lanes")
+    elif tile.GROUP == 1:
+        block_l = min(block_l, max(8, lanes))
+    else:  # lanes are channels
+        block_l = min(block_l, lanes)
+        tile = tile._replace(GROUP=block_l, BLOCK_G=block_l)
     groups = -(-C // tile.GROUP)
     extent = problem.view[2] if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
     tiles = -(-rows // block_r) * -(-extent // block_l)
-    splits = 1 if choice.path in ("single", "cluster") else min(choice.splits, tiles, GRID_LIMIT)
+    most = min(tiles, GRID_LIMIT, (1 << 31) // (3 * C))  # the workspace [splits, 3, C] has 32-bit indices
+    splits = 1 if choice.path in ("single", "cluster") else min(choice.splits, most)
     reduce_tiles = -(-tiles // splits)
     resident = choice.path != "split" and reduce_tiles == 1
     if not resident and choice.path in ("cluster", "cooperative"):

@@ -111,7 +111,7 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
     most = 32 * WARPS * NARROW_BYTES_PER_THREAD
     if problem.geometry[0].SPAN > 1 and choice.block_l * problem.itemsize > most:  # one row is too much (17x17 planes)
         return
-    programs = _at_once(choice.num_warps, device)
+    programs = programs_at_once(choice.num_warps, device)
     if plan.tiles > 1 and plan.groups * plan.tiles <= programs:
         yield choice._replace(path="cooperative", splits=plan.tiles)
     held = int(L2_SHARE * device.l2_bytes) // max(1, problem.operands * problem.data // plan.groups)
@@ -134,7 +134,7 @@ def _splits(problem: Problem, choice: Choice, device: Device) -> int:
     return next((s for s in candidates if use(s) >= FULL_WAVE), max(candidates, key=use))
 
 
-def _at_once(num_warps: int, device: Device) -> int:
+def programs_at_once(num_warps: int, device: Device) -> int:
     """Programs that are on the device at a time."""
     return device.sms * max(1, WARPS_PER_SM // num_warps)
 
@@ -162,9 +162,9 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
     read, write, usable = problem.operands * problem.data, problem.data, L2_SHARE * device.l2_bytes
     if plan.operation == "inference":
         programs = plan.groups * plan.apply_splits
-        waves = ceil(programs / _at_once(plan.num_warps, device))
+        waves = ceil(programs / programs_at_once(plan.num_warps, device))
         return LAUNCH + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
-    at_once = max(1, _at_once(plan.num_warps, device) // plan.ctas)
+    at_once = max(1, programs_at_once(plan.num_warps, device) // plan.ctas)
     programs = plan.grid[0] * plan.grid[1]
     merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
     waves = ceil(programs / at_once)

@@ -12,6 +12,10 @@ from tritonbn.choice import GRID_LIMIT, Choice, Estimate, Layout, Operation, Pat
 from tritonbn.device import H200, Device
 from tritonbn.traffic import Operands, bytes_moved, floor_bytes
 
+# Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
+# measured: an A100 has 163 KiB, and reductions need some as well.
+LARGEST_STAGES = 144 << 10
+
 __all__ = ["Device", "Layout", "Operation", "Path", "Plan", "fits", "forced", "make_plan"]
 
 
@@ -84,8 +88,20 @@ def independent(problem: Problem, device: Device) -> Plan:
 
 def check(plan: Plan, device: Device) -> Plan:
     """The plan, if the device can run it; else ValueError."""
+    most = model.programs_at_once(plan.num_warps, device)
+    tile, operands = plan.tile, 3 if plan.operation == "backward" else 2
+    staged = tile.STAGES * operands * tile.BLOCK_R * tile.BLOCK_L * plan.itemsize
+    if plan.operation == "inference" and plan.path != "split":
+        raise ValueError(f"inference is the elementwise pass of path split, but got {plan.path}")
+    if tile.STAGES > 1 and not tile.ONCE and staged > LARGEST_STAGES:
+        raise ValueError(f"{tile.STAGES} stages take {staged} bytes of shared memory, more than {LARGEST_STAGES}")
     if plan.cooperative and not device.cooperative:
         raise ValueError(f"path {plan.path} waits for other programs, but {device.name} runs them one after another")
+    if plan.cooperative and plan.grid[0] * plan.grid[1] > most:
+        raise ValueError(
+            f"path {plan.path} needs all of {plan.grid[0]} x {plan.grid[1]} programs at a time, "
+            f"but {device.name} has room for {most}"
+        )
     if plan.ctas > 1 and not device.clusters:
         raise ValueError(f"programs of {plan.ctas} CTAs need a GPU and a Triton that reduce across them")
     return plan

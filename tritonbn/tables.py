@@ -1,7 +1,8 @@
 """Measured plans: what was tuned in this process, the user's cache, and the tables that come with the library.
 
 A table is a JSON file per GPU name. Only `tritonbn.tune` and `python -m bench tune` write one. A file that cannot be
-read, or is not for this GPU and version, is told of once and otherwise as if it were not there. Pure Python.
+read, or is not for this GPU and version, is told of once and otherwise as if it were not there: all of it where one
+entry is wrong, for files are written whole and someone else had a hand in this one. Pure Python.
 """
 
 import json
@@ -27,6 +28,7 @@ except ImportError:  # pragma: no cover  # not a POSIX system: the last of sever
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tuned"
+MOST_US = 1e12  # no kernel takes a week
 
 
 class Entry(NamedTuple):
@@ -36,8 +38,16 @@ class Entry(NamedTuple):
     us: float
     before_us: float
 
+    def check(self) -> None:
+        """Raise ValueError for what cannot have been measured."""
+        self.choice.check()
+        for name, value in (("us", self.us), ("before_us", self.before_us)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_US:
+                raise ValueError(f"{name} must be a positive number of microseconds, but got {value!r}")
+
 
 _tuned: dict[tuple[Device, str], Entry] = {}
+_told: set[tuple[str, Path]] = set()
 _epoch = 0
 
 
@@ -65,7 +75,7 @@ def find(problem: Problem, device: Device) -> tuple[Choice, str] | None:
     if (tuned := _tuned.get((device, name))) is not None:
         return tuned.choice, "tuned in this process"
     for folder, origin in ((user_folder(), "the user's table"), (SHIPPED, "the library's table")):
-        if (entry := _read(path(folder, device), device).get(name)) is not None:
+        if folder is not None and (entry := _read(path(folder, device), device).get(name)) is not None:
             return entry.choice, origin
     return None
 
@@ -81,16 +91,21 @@ def forget() -> None:
     """Read files again, and drop what was tuned in this process."""
     global _epoch
     _tuned.clear()
+    _told.clear()
     _read.cache_clear()
     _epoch += 1
 
 
-def user_folder() -> Path:
-    """$TRITONBN_CACHE_DIR, or tritonbn in the user's cache folder."""
+def user_folder() -> Path | None:
+    """$TRITONBN_CACHE_DIR, or tritonbn in the user's cache folder; None for a user without a home."""
     if given := os.environ.get("TRITONBN_CACHE_DIR"):
         return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "tritonbn"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "tritonbn"
+    try:
+        return Path.home() / ".cache" / "tritonbn"
+    except RuntimeError:
+        return None
 
 
 def path(folder: Path, device: Device) -> Path:
@@ -101,19 +116,25 @@ def path(folder: Path, device: Device) -> Path:
 def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) -> Path | None:
     """Add entries to the file of the GPU, whole or not at all, beside those of other processes; None if it cannot be.
 
-    What cannot be written is told of in a warning.
+    What cannot be written is told of once. Raises ValueError for entries that no reader would take.
     """
-    file = path(folder or user_folder(), device)
+    global _epoch
+    for entry in entries.values():
+        entry.check()
+    folder = folder or user_folder()
+    if folder is None:
+        _tell("write", Path(), "tuned plans are not kept: there is no home folder, set TRITONBN_CACHE_DIR")
+        return None
+    file = path(folder, device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file):
-            _read.cache_clear()
-            there = _read(file, device) if file.exists() else {}
-            _write(file, device, there | entries)
-            _read.cache_clear()
+            _write(file, device, _load(file, device) | entries)
     except OSError as error:
-        warnings.warn(f"tuned plans are not kept: cannot write {file}: {error.strerror}", stacklevel=2)
+        _tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
         return None
+    _read.cache_clear()
+    _epoch += 1
     return file
 
 
@@ -142,9 +163,14 @@ def _write(file: Path, device: Device, entries: dict[str, Entry]) -> None:
 
 @lru_cache(maxsize=64)
 def _read(file: Path, device: Device) -> dict[str, Entry]:
+    """`_load`, once."""
+    return _load(file, device)
+
+
+def _load(file: Path, device: Device) -> dict[str, Entry]:
     """The entries of a file, empty if there is none; with a warning, once, if it is not what it should be."""
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -157,7 +183,7 @@ def _read(file: Path, device: Device) -> dict[str, Entry]:
             ("gpu", device.name),
             ("sms", device.sms),
         ):
-            if content[name] != expected:
+            if content[name] != expected or type(content[name]) is not type(expected):
                 return _ignored(file, f"expected {name} {expected!r}, got {content[name]!r}")
         return {str(name): _entry(row) for name, row in content["plans"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -165,11 +191,19 @@ def _read(file: Path, device: Device) -> dict[str, Entry]:
 
 
 def _ignored(file: Path, why: str) -> dict[str, Entry]:
-    warnings.warn(f"the table of tuned plans {file} is ignored: {why}", stacklevel=2)
+    _tell("read", file, f"the table of tuned plans {file} is ignored: {why}")
     return {}
 
 
+def _tell(what: str, file: Path, message: str) -> None:
+    """Warn, but once per file."""
+    if (what, file) not in _told:
+        _told.add((what, file))
+        warnings.warn(message, stacklevel=3)
+
+
 def _entry(row: dict[str, Any]) -> Entry:
-    choice = Choice(**{name: row[name] for name in Choice._fields})
-    choice.check()
-    return Entry(choice, float(row["us"]), float(row["before_us"]))
+    """The entry of a row; fields beside its own are remarks, for what changes the meaning changes FORMAT."""
+    entry = Entry(Choice(**{name: row[name] for name in Choice._fields}), row["us"], row["before_us"])
+    entry.check()
+    return entry
