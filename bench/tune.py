@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if device.type != "cuda":
         raise BenchError(f"--device {args.device}: plans are measured on a GPU")
-    folder = writable_folder(args.out or tables.user_folder())
+    folder = args.out or tables.user_folder()
+    if folder is None:
+        raise BenchError("no folder for the table: --out DIR, or set TRITONBN_CACHE_DIR")
+    writable_folder(folder)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("tuning", total=None)
 
