@@ -343,6 +343,15 @@ def test_measured_plan_that_can(choice: Choice, problem: Problem, device: Device
     assert_sound(plan, device, LARGEST_TILE)
 
 
+def test_offsets_into_the_workspace_stay_below_32_bits() -> None:
+    """65535 partials of 3 x 16384 values would not: half as many programs have two tiles each."""
+    problem = Problem("forward", "rows", (1 << 16, 1 << 14, 1), 2)
+    tables.remember(GPU, {key(problem): Entry(Choice("split", 1, 64, 1, splits=65535), 1.0, 2.0)})
+    plan = plan_of(problem)
+    assert (source(plan), plan.splits, plan.reduce_tiles) == ("tuned in this process", 1 << 15, 2)
+    assert_sound(plan, GPU, LARGEST_TILE)
+
+
 CHOICES = st.builds(
     Choice,
     path=st.sampled_from(["single", "cooperative", "stream", "split"]),
