@@ -11,7 +11,9 @@ from bench.errors import BenchError
 SUBJECTS = {
     "mnist": "train the paper's MNIST network without batch norm, with torch's and with ours",
     "ops": "the operation alone against every other batch norm at hand, on the layers of networks",
+    "tune": "measure plans for the layers of a network and keep the fastest",
     "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
+    "overhead": "what a call costs on the CPU, launch by launch; needs no GPU",
     "report": "bench/results/*/*.json as one page with plots",
     "gpu": "the tests and benchmarks that need a GPU, each with a log and a time limit",
 }

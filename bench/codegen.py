@@ -23,8 +23,9 @@ from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.mnist import positive
+from bench.shapes import shape as sizes_of
 from bench.shapes import shapes_of
-from tritonbn import launch
+from tritonbn import handles, launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.plan import Path as PlanPath
@@ -48,6 +49,7 @@ SUBSET = [
     (256, 64, 56, 56),
     (4096, 2, 49),
     (32, 192, 17, 17),
+    (32, 192, 28, 28),
 ]
 # Rows, whole planes and groups of planes.
 FEW = [(60, 100), (256, 256, 56, 56), (256, 512, 7, 7)]
@@ -143,7 +145,7 @@ def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)
         calls.append(
-            (Launch(kernel.__name__, signature, tuple(fixed.items()), tuple(launch.options(plan).items())), plan)
+            (Launch(kernel.__name__, signature, tuple(fixed.items()), tuple(handles.options(plan).items())), plan)
         )
 
     real = launch._launch
@@ -210,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="sm_90", help="GPU to compile for")
     parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
     parser.add_argument("--subset", action="store_true", help="a few telling shapes instead of all")
+    parser.add_argument("--shape", action="append", type=sizes_of, metavar="N,C,H,W", help="yours instead; repeatable")
     parser.add_argument(
         "--epilogues",
         choices=["none", "common", "every"],
@@ -228,12 +231,13 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(args.json.parent)
     targets = list(TARGETS) if args.target == "all" else [args.target]
     dtypes = list(DTYPES) if args.dtype == "all" else [args.dtype]
-    shapes = SUBSET if args.subset else [shape for name in SHAPE_SETS for shape in shapes_of(name)]
+    every = SUBSET if args.subset else [sizes for name in SHAPE_SETS for sizes in shapes_of(name)]
+    shapes, few = args.shape or every, args.shape or FEW
     chosen = list(cases(shapes, dtypes, [PLAIN]))
     if args.epilogues != "none":
-        chosen += cases(FEW if args.subset else shapes, dtypes, COMMON)
+        chosen += cases(few if args.subset else shapes, dtypes, COMMON)
     if args.epilogues == "every":
-        chosen += cases(FEW, dtypes, [epilogue for epilogue in EVERY if epilogue not in (PLAIN, *COMMON)])
+        chosen += cases(few, dtypes, [epilogue for epilogue in EVERY if epilogue not in (PLAIN, *COMMON)])
     found = list(rows(chosen, targets, args.workers))
     print_table(found)
     spilling, narrow = [row for row in found if row["spills"]], [row for row in found if _is_narrow(row)]

@@ -4,9 +4,9 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,17 +14,6 @@ import tritonbn
 from bench.errors import BenchError
 
 Result = TypeVar("Result")
-
-
-class Quartiles(NamedTuple):
-    low: float
-    median: float
-    high: float
-
-
-def quartiles(values: Sequence[float]) -> Quartiles:
-    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return Quartiles(*points.tolist())
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:

@@ -16,7 +16,7 @@ from bench.files import writable_folder, write_json
 from bench.measure import machine, pick_device
 from bench.networks.mlp import HIDDEN, WEIGHT_STD
 from bench.training import ARMS, BATCH, Arm, Row
-from tritonbn import launch
+from tritonbn import launch, planning
 from tritonbn.plan import Operation
 
 MOST_STEPS = 10_000_000  # half a day at the least
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 def path_of(device: torch.device) -> str:
     """Which kernels the tritonbn arm runs, and how."""
     x = torch.empty(BATCH, HIDDEN[0], device=device)
-    plans = [str(launch.plan_for(operation, x)) for operation in OPERATIONS]
+    plans = [str(planning.plan_for(operation, x)) for operation in OPERATIONS]
     return "; ".join(["Triton kernels" + " in Triton's interpreter" * launch.INTERPRETED, *plans])
 
 

@@ -7,8 +7,8 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from bench.agreement import Finding
-from bench.measure import quartiles
 from bench.training import ARMS, Row
+from tritonbn.timing import quartiles
 
 LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm1d", "tritonbn": "tritonbn"}
 RESULTS = {True: "pass", False: "FAIL", None: "neither arrived"}

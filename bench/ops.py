@@ -22,8 +22,9 @@ from bench.providers import PROVIDERS, Provider
 from bench.rows import Bench, rows_of
 from bench.shapes import SETS, Layer, shape
 from bench.summary import Row, failures, fill_ratios
-from bench.timing import SAMPLES, copy_bandwidth, l2_bytes, measuring
+from bench.timing import copy_bandwidth, l2_bytes
 from tritonbn.plan import Path as PlanPath
+from tritonbn.timing import SAMPLES, measuring
 
 CUSTOM = "custom"
 IMAGES = ("bn", "bn+add+relu", "bn+relu", "bn+silu")

@@ -12,10 +12,11 @@ from bench.measure import synchronize
 from bench.problem import EPILOGUES, Direction, Inputs, Problem, make_inputs
 from bench.providers import Operation, Provider
 from bench.summary import OURS, Row
-from bench.timing import COLD, SAMPLES, Call, measure, peak_bytes, slots_for
+from bench.timing import peak_bytes
 from bench.verify import WrongResult, verify
-from tritonbn import launch, plan
+from tritonbn import plan, planning
 from tritonbn.activations import resolve
+from tritonbn.timing import COLD, SAMPLES, Call, measure, slots_for
 
 LAUNCH_SECONDS = 2e-6  # no kernel takes less
 
@@ -34,7 +35,7 @@ class Bench(NamedTuple):
 def rows_of(
     problem: Problem, providers: Sequence[Provider], directions: Sequence[Direction], bench: Bench
 ) -> Iterator[list[Row]]:
-    """The rows of each provider, all on the same inputs; within `bench.timing.measuring`."""
+    """The rows of each provider, all on the same inputs; within `tritonbn.timing.measuring`."""
     slots = slots_for(problem.tensor_bytes, bench.l2_bytes)
     try:
         inputs = make_inputs(problem, slots, bench.device)
@@ -126,9 +127,9 @@ def plans(problem: Problem, direction: Direction, x: Tensor) -> tuple[str, str]:
     costly = resolve(epilogue.activation).costly and not epilogue.keeps_bits
     found = []
     if direction != "backward":
-        found.append(launch.plan_for("forward", x))
+        found.append(planning.plan_for("forward", x))
     if direction != "forward":
-        found.append(launch.plan_for("backward", x, costly))
+        found.append(planning.plan_for("backward", x, costly))
     return "; ".join(map(str, found)), "/".join(dict.fromkeys(p.path for p in found))
 
 

@@ -15,8 +15,9 @@ from bench.problem import EPILOGUES, Direction, Problem, make_inputs
 from bench.providers import PROVIDERS
 from bench.rows import call_for
 from bench.shapes import Layer
-from bench.timing import l2_bytes, slots_for
+from bench.timing import l2_bytes
 from bench.verify import verify
+from tritonbn.timing import slots_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPARED = ("tritonbn", "eager")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import tritonbn
-from bench.measure import quartiles, timed
+from bench.measure import timed
 from bench.mnist_data import Mnist, Split
 from bench.networks.mlp import last_sigmoid_input, mnist_mlp
+from tritonbn.timing import quartiles
 
 ARMS = ("none", "torch", "tritonbn")
 BATCH = 60

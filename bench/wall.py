@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import tritonbn
-from bench.measure import quartiles, synchronize
+from bench.measure import synchronize
 from bench.problem import EPILOGUES, Direction, Problem, make_inputs
 from bench.rows import Bench, blank, survived
 from bench.summary import Row
+from tritonbn.timing import quartiles
 
 PROVIDERS = ("tritonbn", "eager", "compile")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "both")

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from tritonbn import launch
+from tritonbn import launch, signature, tickets
 
 # Nothing that is planned from here on reads or writes the user's measured plans, nor do processes that a test starts.
 CACHE = tempfile.TemporaryDirectory(prefix="tritonbn-tests-")
@@ -33,6 +33,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """No test depends on what others were told about their tensors."""
+    signature.forget()
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN (and -1 in integers), so an element that no kernel writes fails the comparison."""
@@ -45,7 +51,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return wrapper
 
     class Torch:
-        """torch as `launch` sees it."""
+        """torch as `launch` and `tickets` see it."""
 
         empty = staticmethod(poisoned(torch.empty))
         empty_like = staticmethod(poisoned(torch.empty_like))
@@ -54,3 +60,5 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             return getattr(torch, name)
 
     monkeypatch.setattr(launch, "torch", Torch())
+    monkeypatch.setattr(tickets, "torch", Torch())
+    monkeypatch.setattr(tickets, "_partials", {})

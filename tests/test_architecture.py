@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files further right.
 ORDER = [
     "__init__",
+    "tuning",
+    "timing",
+    "explain",
+    "layers",
     "swap",
     "report",
     "fold",
@@ -29,7 +33,11 @@ ORDER = [
     "functional",
     "operators",
     "autograd",
+    "signature",
     "launch",
+    "planning",
+    "handles",
+    "occupancy",
     "reference",
     "activations",
     "tickets",

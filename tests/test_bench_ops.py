@@ -19,9 +19,9 @@ from bench.providers import PROVIDERS, Provider, eager_operation
 from bench.rows import Bench, rows_of
 from bench.shapes import SETS, Layer
 from bench.summary import Row
-from bench.timing import measuring
-from tritonbn import launch
+from tritonbn import launch, planning
 from tritonbn.device import H200, KNOWN
+from tritonbn.timing import measuring
 
 FACTS = {"device": "CPU", "torch": "2", "triton": "3", "commit": "c"}
 needs_compiler = pytest.mark.skipif(
@@ -254,7 +254,7 @@ def test_previewed_plans_are_those_of_a_launch(operation: Any, layout: str) -> N
     for shape in (shape for shape in shapes if layout in layouts_of(shape)):
         problem = Problem("tiny", Layer(shape), layout, "bf16", "bn")
         x = torch.empty(shape, dtype=torch.bfloat16, device="meta").to(memory_format=problem.memory_format)
-        assert preview.planned(problem, operation) == launch.plan_for(operation, x)
+        assert preview.planned(problem, operation) == planning.plan_for(operation, x)
 
 
 def args(*options: str) -> Any:

@@ -29,7 +29,7 @@ def compiled(folder: Path, *options: str) -> Rows:
     """The rows of `python -m bench codegen`, in a process where kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = folder / "rows.json"
-    command = [sys.executable, "-m", "bench", "codegen", "--subset", "--json", str(output), *options]
+    command = [sys.executable, "-m", "bench", "codegen", "--json", str(output), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows: Rows = json.loads(output.read_text())
@@ -39,14 +39,16 @@ def compiled(folder: Path, *options: str) -> Rows:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     folder = tmp_path_factory.mktemp("codegen")
-    plain = "--epilogues", "none"
+    few = [option for sizes in codegen.FEW for option in ("--shape", ",".join(map(str, sizes)))]
+    plain = *few, "--epilogues", "none"
     rows = compiled(folder, "--target", "all", "--dtype", "bf16", *plain) + compiled(folder, "--dtype", "fp32", *plain)
-    return rows + compiled(folder, "--dtype", "bf16")
+    return rows + compiled(folder, "--dtype", "bf16", "--subset")
 
 
 def test_every_kernel_compiles_for_every_target(rows: Rows) -> None:
     kernels = {"forward_kernel", "statistics_kernel", "normalize_kernel", "inference_kernel", "backward_kernel",
-               "gradient_sums_kernel", "input_gradient_kernel"}  # fmt: skip
+               "gradient_sums_kernel", "input_gradient_kernel", "cooperative_forward_kernel",
+               "cooperative_backward_kernel"}  # fmt: skip
     for target in codegen.TARGETS:
         assert {row["kernel"] for row in rows if row["target"] == target} == kernels
     for epilogue in ("-", "relu", "add + relu"):
@@ -71,6 +73,12 @@ def test_split_reductions_leave_room_for_two_programs_per_sm(rows: Rows) -> None
         if row["store_bits"] is None:
             assert row["registers"] <= 128, row
     assert {row["target"] for row in reductions} == set(codegen.TARGETS)
+
+
+def test_programs_that_wait_for_each_other_leave_room_for_two_per_sm(rows: Rows) -> None:
+    waiting = [row for row in rows if row["kernel"].startswith("cooperative") and row["target"] != "gfx942"]
+    assert all(row["registers"] * 32 * row["num_warps"] <= 65536 // 2 for row in waiting)
+    assert {row["path"] for row in waiting} == {"cooperative", "stream"}
 
 
 def test_full_tensors_are_read_and_written_128_bits_at_a_time(rows: Rows) -> None:

@@ -15,7 +15,7 @@ from tests.test_determinism import step
 from tests.test_epilogue import check as check_epilogue
 from tests.test_numerics import check
 from tests.together import together
-from tritonbn import launch
+from tritonbn import launch, planning
 from tritonbn.activations import resolve
 from tritonbn.choice import Choice
 from tritonbn.device import Device
@@ -46,9 +46,9 @@ def on(name: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[No
     choice = CHOICES[name]
     with ExitStack() as stack:
         if launch.INTERPRETED:
-            monkeypatch.setattr(launch, "_device", lambda device: Device(cooperative=True, clusters=True))
+            monkeypatch.setattr(planning, "device_of", lambda device: Device(cooperative=True, clusters=True))
             stack.enter_context(together(seed))
-        elif choice.ctas > 1 and not launch._device(torch.device("cuda")).clusters:
+        elif choice.ctas > 1 and not planning.device_of(torch.device("cuda")).clusters:
             pytest.skip("this GPU or Triton cannot reduce over the CTAs of a program")
         stack.enter_context(forced(choice=choice))
         yield
@@ -121,7 +121,7 @@ def test_without_cooperation_nothing_waits() -> None:
             make_plan("forward", "rows", (24, 32, 1), 2, alone)
     for shape in ((256, 64, 12544), (256, 64, 3136), (256, 512, 49), (60, 100, 1)):
         assert make_plan("forward", "planes", shape, 2, alone).path in ("single", "split")
-    assert not launch._device(torch.device("cpu")).cooperative
+    assert not planning.device_of(torch.device("cpu")).cooperative
 
 
 def test_clusters_need_a_triton_that_reduces_across_them() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Layout
-from tritonbn import launch
+from tritonbn import launch, planning, tickets
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.launch import Saved
@@ -53,7 +53,8 @@ def counted(size: int) -> Iterator[list[int]]:
         return store(self, pointers, value, mask, *rest)
 
     def note(kernel: Any, grid: Any, plan: Any, *args: Any, **constants: Any) -> None:
-        tensors = [t for t in args if isinstance(t, Tensor) and t.dtype != torch.int32]  # tickets
+        scratch = [*tickets._pool.values(), *tickets._partials.values()]
+        tensors = [t for t in args if isinstance(t, Tensor) and not any(t is kept for kept in scratch)]
         full = [t for t in tensors if t.numel() >= size or t.dtype == torch.uint8]
         ranges[:] = sorted({(t.data_ptr(), t.data_ptr() + t.nbytes) for t in full})
         start(kernel, grid, plan, *args, **constants)
@@ -78,7 +79,7 @@ def test_kernels_move_what_the_plan_says(layout: Layout, path: Any, name: str, r
     added = z if residual else None
     bits_kept = keeps_bits(added, activation)
     with forced(path):
-        plan = launch.plan_for("forward" if training else "inference", x)
+        plan = planning.plan_for("forward" if training else "inference", x)
         with counted(x.numel()) as forward:
             if training:
                 _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, activation, bits_kept)
@@ -88,7 +89,7 @@ def test_kernels_move_what_the_plan_says(layout: Layout, path: Any, name: str, r
 
         needs_z = activation != IDENTITY and not bits_kept
         saved = Saved(x, weight, bias, added if needs_z else None, bits, mean, var)
-        plan = launch.plan_for("backward", x, activation.costly)
+        plan = planning.plan_for("backward", x, activation.costly)
         for dx in (True, False):
             for parameters in (True, False):
                 for dresidual in {False, residual and activation != IDENTITY}:

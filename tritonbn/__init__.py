@@ -1,10 +1,12 @@
 """Batch normalization in Triton: a drop-in for torch's, forward and backward."""
 
 from tritonbn import functional
+from tritonbn.explain import explain
 from tritonbn.fold import fold
 from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from tritonbn.report import SwapReport, report
 from tritonbn.swap import convert, revert
+from tritonbn.tuning import tune
 from tritonbn.version import __version__ as __version__
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "BatchNormAct3d",
     "SwapReport",
     "convert",
+    "explain",
     "fold",
     "functional",
     "report",
     "revert",
+    "tune",
 ]

@@ -1,6 +1,5 @@
 """What the backward needs and what it returns: the eager operation, differentiable to any order."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,9 @@ from torch import Tensor
 
 from tritonbn import launch, reference
 from tritonbn.activations import IDENTITY, Activation
-from tritonbn.launch import Gradients, Saved, Wanted, memory_format_of
+from tritonbn.launch import Gradients, Saved, Wanted
+from tritonbn.planning import memory_format_of
+from tritonbn.signature import Signature
 
 
 class Forward(NamedTuple):
@@ -29,43 +30,26 @@ def batch_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     given: Forward,
-    save_output: bool = False,
+    save_output: bool,
+    found: Signature,
 ) -> Tensor:
-    """y of x and residual [N, C, ...], weight and bias [C]; the running statistics are updated in place in training."""
-    x = dense(x)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format_of(x))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        save_output = save_output and recoverable(x, weight, bias, given.activation)
-        y: Tensor = BatchNorm.apply(x, weight, bias, residual, given, save_output)  # type: ignore[no-untyped-call]
+    """y of x and residual [N, C, ...], weight and bias [C]; the running statistics are updated in place in training.
+
+    found: what the tensors are.
+    """
+    if not found.dense:
+        x = x.contiguous(memory_format=found.memory_format)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=found.memory_format)
+    if found.records:
+        y: Tensor = _record(x, weight, bias, residual, given, save_output, found)
         return y
-    return forward(x, weight, bias, residual, given)[0]
+    return forward(x, weight, bias, residual, given, found=found)[0]
 
 
 def dense(x: Tensor) -> Tensor:
     """x without gaps in its memory format: itself, or one copy, which autograd knows of."""
     return x.contiguous(memory_format=memory_format_of(x))
-
-
-def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: Activation) -> bool:
-    """Whether y holds at least half of the digits of normalized x in every channel; waits for the GPU to know.
-
-    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies, nor
-    where nearly all of a channel is so far below zero that elu has no slope left.
-    """
-    if weight is None and bias is None:
-        return True
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    info = torch.finfo(x.dtype)
-    with torch.no_grad():
-        size = x.new_ones(x.shape[1]) if weight is None else weight.abs()
-        center = x.new_zeros(x.shape[1]) if bias is None else bias
-        # 1 / weight is computed from an approximation in float32.
-        hidden = (size < max(info.tiny / info.eps, 1e-30)) | (size > 1e30) | (size < info.eps**0.5 * center.abs())
-        if activation.name == "elu":
-            hidden |= center + 3 * size < math.log(info.eps) / 2
-        return not bool(hidden.any())
 
 
 def keeps_bits(residual: Tensor | None, activation: Activation) -> bool:
@@ -82,21 +66,32 @@ def forward(
     keep: bool = False,
     keep_bits: bool = False,
     pooled: bool = True,
+    found: Signature | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, bits, mean, rstd) of dense x and residual; in evaluation mean and rstd only if `keep`."""
-    weight, bias, mean, var = (
-        None if v is None else v.contiguous() for v in (weight, bias, given.running_mean, given.running_var)
-    )
-    tensors = x, residual, weight, bias
-    epilogue = given.activation, keep_bits
-    if given.training:
-        results = launch.forward(*tensors, mean, var, given.momentum, given.eps, *epilogue, pooled)
-        _bring_back(given.running_mean, mean)
-        _bring_back(given.running_var, var)
+    """(y, bits, mean, rstd) of dense x and residual; in evaluation mean and rstd only if `keep`.
+
+    found: what x and the vectors are, where that is known.
+    """
+    mean, var, training, momentum, eps, activation = given
+    dense = found is not None and found.dense
+    if not dense:
+        weight, bias, mean, var = _contiguous(weight), _contiguous(bias), _contiguous(mean), _contiguous(var)
+    plan = None if found is None else found.plan("forward" if training else "inference", x)
+    if training:
+        results = launch.forward(
+            x, residual, weight, bias, mean, var, momentum, eps, activation, keep_bits, pooled, plan
+        )  # fmt: skip
+        if not dense:
+            _bring_back(given.running_mean, mean)
+            _bring_back(given.running_var, var)
         return results
     assert mean is not None
     assert var is not None
-    return launch.inference(*tensors, mean, var, given.eps, *epilogue, keep)
+    return launch.inference(x, residual, weight, bias, mean, var, eps, activation, keep_bits, keep, plan)
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
 
 
 def _bring_back(statistics: Tensor | None, updated: Tensor | None) -> None:
@@ -123,18 +118,21 @@ def backward(
     parameter_dtype: torch.dtype,
     wanted: Wanted,
     pooled: bool = True,
+    found: Signature | None = None,
 ) -> Gradients:
     """Gradients of (x, weight, bias, residual); dy of any strides is copied unless it is dense as x."""
-    x = dense(saved.x)
-    memory_format = memory_format_of(x)
+    memory_format = memory_format_of(saved.x)
+    x = saved.x.contiguous(memory_format=memory_format)
     dy = dy.resolve_neg().contiguous(memory_format=memory_format)
     residual = None if saved.residual is None else saved.residual.contiguous(memory_format=memory_format)
-    weight, bias = (None if v is None else v.contiguous() for v in (saved.weight, saved.bias))
-    saved = saved._replace(x=x, residual=residual, weight=weight, bias=bias)
+    saved = Saved(x, _contiguous(saved.weight), _contiguous(saved.bias), residual, *saved[4:])
+    plan = None if found is None else found.plan("backward", x, launch.costs(activation, saved.bits))
     if wanted[3] and activation == IDENTITY:  # nothing to compute
-        gradients = launch.backward(dy, saved, training, activation, parameter_dtype, (*wanted[:3], False), pooled)
-        return gradients._replace(residual=dy)
-    return launch.backward(dy, saved, training, activation, parameter_dtype, wanted, pooled)
+        only = *wanted[:3], False
+        return launch.backward(dy, saved, training, activation, parameter_dtype, only, pooled, plan)._replace(
+            residual=dy
+        )
+    return launch.backward(dy, saved, training, activation, parameter_dtype, wanted, pooled, plan)
 
 
 def second_backward(
@@ -181,11 +179,6 @@ def unpacked(tensors: Iterable[Any], memory_format: torch.memory_format) -> Save
     return saved._replace(x=saved.x.contiguous(memory_format=memory_format))
 
 
-def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
-    """The dtype of the parameters' gradients."""
-    return next((p.dtype for p in parameters if p is not None), x.dtype)
-
-
 class BatchNorm(torch.autograd.Function):
     """y of dense x and residual, weight and bias, with statistics of the batch or given ones."""
 
@@ -198,30 +191,35 @@ class BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         given: Forward,
         save_output: bool,
+        found: Signature,
     ) -> Tensor:
         activation = given.activation
-        keep_bits = keeps_bits(residual, activation)
-        y, bits, mean, rstd = forward(x, weight, bias, residual, given, keep=True, keep_bits=keep_bits)
-        needs_z = activation != IDENTITY and not keep_bits
-        kept_bias = bias if needs_z or save_output else None
-        kept_residual = residual if needs_z else None
+        keep_bits = residual is not None and activation.two_valued
+        y, bits, mean, rstd = forward(x, weight, bias, residual, given, True, keep_bits, True, found)
+        needs_z = not keep_bits and activation != IDENTITY
         # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
-        saved = (y if save_output else x, weight, kept_bias, kept_residual, bits, None if save_output else mean, rstd)
-        ctx.save_for_backward(*saved, given.running_mean, given.running_var)
-        ctx.eps, ctx.memory_format = given.eps, memory_format_of(x)
-        ctx.constants = given.training, activation, parameter_dtype(x, weight, bias)
+        ctx.save_for_backward(
+            y if save_output else x, weight, bias if needs_z or save_output else None, residual if needs_z else None,
+            bits, None if save_output else mean, rstd, given.running_mean, given.running_var,
+        )  # fmt: skip
+        ctx.constants = given.training, activation, given.eps, found
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = unpacked(ctx.saved_tensors[:7], ctx.memory_format)
-        constants = *ctx.constants, ctx.needs_input_grad[:4]
+        training, activation, eps, found = ctx.constants
+        saved = unpacked(ctx.saved_tensors[:7], found.memory_format)
+        constants = training, activation, found.parameter_dtype, ctx.needs_input_grad[:4]
         if not torch.is_grad_enabled():
-            return *backward(dy, saved, *constants), None, None
+            return *backward(dy, saved, *constants, found=found), None, None, None
         if saved.mean is None:
             raise RuntimeError("save='output' supports first derivatives only, but got create_graph=True")
-        gradients = BatchNormBackward.apply(dy, *saved, ctx.eps, constants)  # type: ignore[no-untyped-call]
-        return *gradients, None, None
+        gradients = BatchNormBackward.apply(dy, *saved, eps, constants)  # type: ignore[no-untyped-call]
+        return *gradients, None, None, None
+
+
+# `BatchNorm.apply` without what it does for torch.func, whose tensors `functional` does not let in.
+_record: Any = super(torch.autograd.Function, BatchNorm).apply
 
 
 class BatchNormBackward(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """A problem, what there is to choose, and the plan that follows: pure Python, no tensors, no CUDA."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from tritonbn.geometry import Tile, geometry, power_of_two
@@ -133,46 +133,46 @@ class Plan:
     choice: Choice = field(compare=False, repr=False)
     estimate: Estimate | None = field(default=None, compare=False, repr=False)
 
-    @property
+    @cached_property
     def splits(self) -> int:
         """Programs that share the reduction of a channel group."""
         return -(-self.tiles // self.reduce_tiles)
 
-    @property
+    @cached_property
     def apply_splits(self) -> int:
         """Programs that share the elementwise pass over a channel group."""
         return -(-self.tiles // self.apply_tiles)
 
-    @property
+    @cached_property
     def launches(self) -> int:
         """Kernels that run, one after the other."""
         return 2 if self.path == "split" and self.operation != "inference" else 1
 
-    @property
+    @cached_property
     def cooperative(self) -> bool:
         """Whether programs wait for each other, so that all must be on the GPU at a time."""
         return self.path in ("cooperative", "stream")
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """Programs of the reduction, or of the only launch."""
         if self.operation == "inference":
             return self.groups, self.apply_splits
         return (self.slots if self.cooperative else self.groups), self.splits
 
-    @property
+    @cached_property
     def geometry(self) -> str:
         """plane, column or folded, as in `kernels/tiles.py`."""
         if self.tile.GROUP == 1:
             return "plane"
         return "column" if self.tile.SPAN * self.tile.FOLD == 1 else "folded"
 
-    @property
+    @cached_property
     def access_bits(self) -> int:
         """Bits of the tiles' loads and stores, for 16-byte aligned tensors."""
         return min(128, 8 * self.itemsize * self.tile.V)
 
-    @property
+    @cached_property
     def bit_bytes(self) -> int:
         """Bytes that hold a bit per element, laid out as in `kernels/tiles.py`: the same for all plans of a tensor.
 

@@ -1,6 +1,7 @@
 """Batch normalization as a function: `torch.nn.functional.batch_norm` with an activation and a residual."""
 
-from typing import Literal, get_args
+import math
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -8,12 +9,15 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, launch, operators
-from tritonbn.activations import Activation, ActivationLike, resolve
+from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
 from tritonbn.plan import fits
+from tritonbn.planning import memory_format_of
+from tritonbn.signature import NONE, SYMBOLIC, Signature, known, parameter_dtype
 
 Save = Literal["input", "output"]
 
 _SAVES = get_args(Save)
+_NUMBERS = (float, int)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -76,17 +80,20 @@ def batch_norm(
             activation=activation, residual=residual, save=save,
         )  # fmt: skip
         return result
-    act = resolve(activation)
-    check_epilogue(input, residual, act, save)
-    if not _takes_kernels(input, running_mean, running_var, weight, bias, residual, training, momentum, eps):
+    act = IDENTITY if activation is None else resolve(activation)
+    if residual is not None or save != "input":
+        check_epilogue(input, residual, act, save)
+    found = _signature(tensors, training, momentum, eps)
+    if not found.fits:
         if training and _on_several_devices(*tensors):  # torch writes the statistics before it refuses
             running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
         y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return act.apply(y if residual is None else y + residual)
     given = autograd.Forward(running_mean, running_var, training, float(momentum), float(eps), act)
-    compiling = torch.compiler.is_compiling()
+    compiling = found is SYMBOLIC
     if not compiling and torch._C._len_torch_dispatch_stack() == 0:
-        return autograd.batch_norm(input, weight, bias, residual, given, save == "output")
+        save_output = save == "output" and found.records and recoverable(input, weight, bias, act)
+        return autograd.batch_norm(input, weight, bias, residual, given, save_output, found)
     result, new_mean, new_var = operators.apply(input, weight, bias, residual, given)
     for old, new in ((running_mean, new_mean), (running_var, new_var)):
         if training and old is not None:
@@ -116,43 +123,75 @@ def check_epilogue(input: Tensor | None, residual: Tensor | None, activation: Ac
         raise ValueError(f"residual should have the shape of the input, {input.shape}, but got {residual.shape}")
 
 
-def _takes_kernels(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> bool:
-    """Whether the kernels can do it, and torch would not refuse; what they leave, torch computes or refuses itself."""
-    if not (isinstance(x, Tensor) and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))):
-        return False
-    if torch.compiler.is_exporting():  # the program must run where we are not installed
-        return False
+def _signature(tensors: tuple[Any, ...], training: bool, momentum: float, eps: float) -> Signature:
+    """What the kernels would take, if they can do it; what they leave, torch computes or refuses itself."""
+    x = tensors[0]
+    if not (
+        isinstance(x, Tensor)
+        and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))
+        and type(training) is bool
+        and type(momentum) in _NUMBERS
+        and type(eps) in _NUMBERS
+        and (eps > 0 or (eps == 0 and not training))
+        and not torch.compiler.is_exporting()  # the program must run where we are not installed
+    ):
+        return NONE
+    if torch.compiler.is_compiling():
+        return SYMBOLIC if _fit(tensors, training) else NONE
+    return known(tensors, training, _look) if torch.autograd.forward_ad._current_level < 0 else NONE
+
+
+def _look(tensors: tuple[Any, ...], training: bool) -> Signature:
+    """The `Signature` of the tensors."""
+    x, _, _, weight, bias, residual = tensors
+    if not _is_plain([t for t in tensors if t is not None]) or not _fit(tensors, training):
+        return NONE
+    memory_format = memory_format_of(x)
+    return Signature(
+        True,
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)),
+        all(t is None or t.is_contiguous(memory_format=memory_format) for t in (x, residual))
+        and all(v is None or v.is_contiguous() for v in tensors[1:5]),
+        memory_format,
+        parameter_dtype(x, weight, bias),
+        {},
+    )
+
+
+def _is_plain(given: list[Any]) -> bool:
+    """Whether nothing must see each operation: no subclass, lazy negation, transform (nor what one left) or trace.
+
+    Nor tensors of inference mode that autograd would have to save: torch refuses those before it writes anything.
+    """
+    return (
+        all(type(t) in (Tensor, Parameter) and not t.is_neg() for t in given)
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+        and not (torch.is_grad_enabled() and any(t.is_inference() for t in given))
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _fit(tensors: tuple[Any, ...], training: bool) -> bool:
+    """Whether shapes, strides, dtypes and devices are those that the kernels take."""
+    x, running_mean, running_var, weight, bias, residual = tensors
     numel = x.numel()
     if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
         return False
     N, C = x.shape[0], x.shape[1]
     if not fits(N, C, numel // (N * C)):
         return False
-    if type(training) is not bool or type(momentum) not in (float, int) or type(eps) not in (float, int):
-        return False
     if training:
-        if numel == C or not eps > 0 or (running_mean is None) != (running_var is None):
+        if numel == C or (running_mean is None) != (running_var is None):
             return False
-    elif running_mean is None or running_var is None or not eps >= 0:
+    elif running_mean is None or running_var is None:
         return False
     if not _vectors_fit(x, C, running_mean, running_var, weight, bias) or not _residual_fits(x, residual):
         return False
     statistics = [s for s in (running_mean, running_var) if s is not None]
     if torch.is_grad_enabled() and any(s.requires_grad for s in statistics):
         return False
-    if C > 1 and any(s.stride(0) == 0 for s in statistics):  # expanded: updates would meet in one place
-        return False
-    return torch.compiler.is_compiling() or _is_plain(x, running_mean, running_var, weight, bias, residual)
+    return C == 1 or all(s.stride(0) != 0 for s in statistics)  # expanded: updates would meet in one place
 
 
 def _residual_fits(x: Tensor, residual: Tensor | None) -> bool:
@@ -180,15 +219,22 @@ def _on_several_devices(*tensors: Tensor | None) -> bool:
     return len({t.device for t in tensors if isinstance(t, Tensor)}) > 1
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing must see each operation: no subclass, lazy negation, transform, forward derivative or trace.
+def recoverable(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: Activation) -> bool:
+    """Whether y holds at least half of the digits of normalized x in every channel; waits for the GPU to know.
 
-    Nor tensors of inference mode that autograd would have to save: torch refuses those before it writes anything.
+    Not where weight is 0 or so small that bias, or the smallest numbers of the dtype, hide what it multiplies, nor
+    where nearly all of a channel is so far below zero that elu has no slope left.
     """
-    return (
-        all(t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors)
-        and not (torch.is_grad_enabled() and any(t is not None and t.is_inference() for t in tensors))
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-    )
+    if weight is None and bias is None:
+        return True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    info = torch.finfo(x.dtype)
+    with torch.no_grad():
+        size = x.new_ones(x.shape[1]) if weight is None else weight.abs()
+        center = x.new_zeros(x.shape[1]) if bias is None else bias
+        # 1 / weight is computed from an approximation in float32.
+        hidden = (size < max(info.tiny / info.eps, 1e-30)) | (size > 1e30) | (size < info.eps**0.5 * center.abs())
+        if activation.name == "elu":
+            hidden |= center + 3 * size < math.log(info.eps) / 2
+        return not bool(hidden.any())

@@ -1,45 +1,27 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. `pooled` is whether tickets may be kept from call to call, see `tickets.py`.
+dy are laid out as x. `pooled`: scratch memory may be kept from call to call, see `tickets.py`. `plan`: if it is known.
 """
 
-from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from tritonbn import handles
 from tritonbn.activations import IDENTITY, Activation
-from tritonbn.device import Device, described
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
-from tritonbn.model import WARPS_PER_SM
-from tritonbn.plan import Layout, Operation, Plan, make_plan
-from tritonbn.tickets import semaphores, tickets
+from tritonbn.plan import Plan, independent
+from tritonbn.planning import device_of, memory_format_of, plan_for, problem_of
+from tritonbn.tickets import Purpose, scratch
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-
-
-def options(plan: Plan) -> dict[str, Any]:
-    """What Triton is told beside the kernel's constants."""
-    # Products and sums are fused in all kernels alike.
-    given: dict[str, Any] = {"num_warps": plan.num_warps, "enable_fp_fusion": True}
-    if not torch.version.hip:
-        # NVIDIA's assembler would rather spill a few values than exceed a register count of its own choosing; of all
-        # that there are for so many threads, most kernels still take 128. Cooperative ones must: they count on it.
-        warps = max(plan.num_warps, WARPS_PER_SM) if plan.cooperative else plan.num_warps
-        given["maxnreg"] = min(255, 65536 // (32 * warps))
-    if plan.cooperative:
-        given["launch_cooperative_grid"] = True
-    if plan.ctas > 1:
-        given["num_ctas"] = plan.ctas
-    return given
 
 
 class Saved(NamedTuple):
@@ -78,25 +60,27 @@ def forward(
     activation: Activation = IDENTITY,
     keep_bits: bool = False,
     pooled: bool = True,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
-    plan = plan_for("forward", x)
+    plan = plan or plan_for("forward", x)
     y, bits = _output(x, plan, keep_bits)
-    mean, rstd = _vector(x), _vector(x)
+    mean, rstd = _vectors(x, running_mean)
     operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
     if plan.cooperative:
-        _launch(
-            cooperative_forward_kernel, plan.grid, plan,
-            *operands, _workspace(x, plan, 3), semaphores(x, plan.slots, pooled), *_sizes(plan), plan.reduce_tiles,
+        if _launch_together(
+            cooperative_forward_kernel, plan,
+            *operands, *_scratch(x, plan, 3, "semaphores", pooled), *_sizes(plan), plan.reduce_tiles,
             plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
-        )  # fmt: skip
-        return y, bits, mean, rstd
+        ):  # fmt: skip
+            return y, bits, mean, rstd
+        plan = independent(problem_of("forward", x), device_of(x.device))
     if plan.launches == 1:
         _launch(forward_kernel, (plan.groups,), plan, *operands, *_sizes(plan), eps, momentum, ACT=activation)
         return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
-        x, mean, rstd, running_mean, running_var, _workspace(x, plan, 3), tickets(x, plan.groups, pooled),
+        x, mean, rstd, running_mean, running_var, *_scratch(x, plan, 3, "tickets", pooled),
         *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
@@ -117,11 +101,12 @@ def inference(
     activation: Activation = IDENTITY,
     keep_bits: bool = False,
     keep: bool = False,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(y, bits, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
-    plan = plan_for("inference", x)
+    plan = plan or plan_for("inference", x)
     y, bits = _output(x, plan, keep_bits)
-    mean, rstd = (_vector(x), _vector(x)) if keep else (None, None)
+    mean, rstd = _vectors(x, running_mean) if keep else (None, None)
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
         x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *_sizes(plan), plan.apply_tiles,
@@ -138,30 +123,33 @@ def backward(
     parameter_dtype: torch.dtype,
     wanted: Wanted,
     pooled: bool = True,
+    plan: Plan | None = None,
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan_for("backward", x, activation.costly and bits is None)
+    plan = plan or plan_for("backward", x, costs(activation, bits))
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
     operands = dy, x, residual, bits, *vectors
-    if plan.cooperative and training and dx is not None:
-        _launch(
-            cooperative_backward_kernel, plan.grid, plan,
-            *operands, *outputs, _workspace(x, plan, 2), semaphores(x, plan.slots, pooled), *_sizes(plan),
-            plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
-        )  # fmt: skip
+    both_passes = training and dx is not None
+    if plan.cooperative and both_passes and _launch_together(
+        cooperative_backward_kernel, plan,
+        *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *_sizes(plan),
+        plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
+    ):  # fmt: skip
         return gradients
-    if plan.launches == 1 and training and dx is not None:
+    if plan.cooperative or (plan.ctas > 1 and not both_passes):
+        plan = independent(problem_of("backward", x, activation.costly and bits is None), device_of(x.device))
+    if plan.launches == 1 and both_passes:
         _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
         return gradients
-    sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if training and dx is not None else None
+    sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if both_passes else None
     if not (dweight is None and dbias is None and sums is None):
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
             dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
-            _workspace(x, plan, 2), tickets(x, plan.groups, pooled), *_sizes(plan), plan.reduce_tiles,
+            *_scratch(x, plan, 2, "tickets", pooled), *_sizes(plan), plan.reduce_tiles,
             ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
         if sums is None:
@@ -179,37 +167,28 @@ def backward(
     return gradients
 
 
+def costs(activation: Activation, bits: Tensor | None) -> bool:
+    """Whether the backward computes exponentials for each element."""
+    return bits is None and activation.costly
+
+
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The format of the result for x [N, C, ...], as torch chooses it: channels_last(_3d) is kept, also when gapped."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
-        return last
-    return torch._prims_common.suggest_memory_format(x)
-
-
-def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
-    """The plan of `operation` for dense x, see `make_plan`."""
-    N, C = x.shape[0], x.shape[1]
-    S = x.numel() // (N * C)
-    layout: Layout = "planes"
-    if S == 1 or memory_format_of(x) is not torch.contiguous_format:
-        layout, N, S = "rows", N * S, 1
-    return make_plan(operation, layout, (N, C, S), x.element_size(), _device(x.device), costly)
-
-
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
-    """The one place where a kernel starts: on the device of its first argument."""
-    x = args[0]
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else nullcontext():
-        kernel[grid](*args, T=plan.tile, **constants, **options(plan))
+    """The one place where a kernel starts."""
+    handles.start(kernel, grid, plan, args, constants)
+
+
+def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:
+    """Launch programs that wait for each other; False, and nothing happens, if the GPU cannot hold all at a time."""
+    try:
+        _launch(kernel, plan.grid, plan, *args, **constants)
+    except handles.TooManyPrograms:
+        return False
+    return True
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
@@ -223,34 +202,26 @@ def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | No
     return y, torch.empty(plan.bit_bytes, dtype=torch.uint8, device=x.device) if keep_bits else None
 
 
-def _vector(x: Tensor) -> Tensor:
-    """[C] in the dtype of the arithmetic on x."""
-    return torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
+def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
+    """mean and rstd [C] in the dtype of the arithmetic on x."""
+    dtype = arithmetic_dtype(x)
+    if like is None or like.dtype is not dtype:
+        like = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+    return torch.empty_like(like), torch.empty_like(like)
 
 
 def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
-    def like_x(want: bool) -> Tensor | None:
-        return torch.empty_like(x, memory_format=memory_format_of(x)) if want else None
-
-    def vector(want: bool) -> Tensor | None:
-        return torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None
-
-    return Gradients(like_x(wanted[0]), vector(wanted[1]), vector(wanted[2]), like_x(wanted[3]))
-
-
-def _workspace(x: Tensor, plan: Plan, values: int) -> Tensor:
-    """Partial results [P, values, C]; from the caching allocator, which keeps streams apart."""
-    return torch.empty((plan.splits, values, x.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
-
-
-@lru_cache(maxsize=64)
-def _device(device: torch.device) -> Device:
-    clusters = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
-    if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
-        return Device(cooperative=device.type != "cpu", clusters=clusters)
-    p = torch.cuda.get_device_properties(device)
-    data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
-    nvidia = not torch.version.hip
-    return described(
-        p.name, p.multi_processor_count, getattr(p, "L2_cache_size", 0), data_sheet, nvidia, clusters and p.major >= 9
+    memory_format = memory_format_of(x)
+    dx, dresidual = (
+        torch.empty_like(x, memory_format=memory_format) if want else None for want in (wanted[0], wanted[3])
     )
+    dweight, dbias = (
+        torch.empty(x.shape[1], dtype=parameter_dtype, device=x.device) if want else None for want in wanted[1:3]
+    )
+    return Gradients(dx, dweight, dbias, dresidual)
+
+
+def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Room for partial results [P, values, C] in the dtype of the arithmetic on x, and counters of the groups."""
+    counters = plan.slots if purpose == "semaphores" else plan.groups
+    return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), purpose, counters, pooled)

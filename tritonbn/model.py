@@ -139,6 +139,24 @@ def programs_at_once(num_warps: int, device: Device) -> int:
     return device.sms * max(1, WARPS_PER_SM // num_warps)
 
 
+def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
+    """Plans that differ in one thing: rows, lanes, warps, splits, tiles of the second pass, stages."""
+    choice = plan.choice
+    changes: list[Choice] = []
+    for name in ("block_r", "block_l", "num_warps", "splits", "apply_tiles", "slots"):
+        value = getattr(choice, name)
+        changes += [choice._replace(**{name: changed}) for changed in (2 * value, value // 2) if changed]
+    changes += [choice._replace(stages=stages) for stages in (1, 2, 3) if stages != choice.stages]
+    found = set()
+    for changed in changes:
+        try:
+            changed.check()
+            found.add(build(problem, changed))
+        except ValueError:
+            continue
+    yield from sorted(found - {plan}, key=lambda near: seconds(near, problem, device))
+
+
 def seconds(plan: Plan, problem: Problem, device: Device) -> float:
     """The time that a plan should take on the device, between other kernels."""
     read, write, usable = problem.operands * problem.data, problem.data, L2_SHARE * device.l2_bytes

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonbn import functional
-from tritonbn.activations import ActivationLike, resolve
+from tritonbn.activations import IDENTITY, ActivationLike, resolve
 
 
 class TritonBatchNorm(_BatchNorm):
@@ -32,33 +32,29 @@ class TritonBatchNorm(_BatchNorm):
     ) -> Tensor:
         """activation(batch norm of input + residual) with this module's parameters, statistics and mode."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
-        resolved = resolve(activation)
-        functional.check_epilogue(input, residual, resolved, save)  # a rejected call is not counted
+        resolved = IDENTITY if activation is None else resolve(activation)
+        if residual is not None or save != "input":
+            functional.check_epilogue(input, residual, resolved, save)  # a rejected call is not counted
+        training = self.training
+        mean, var = self.running_mean, self.running_var
         momentum = self._count_batch()
-        use_batch = self.training or (self.running_mean is None and self.running_var is None)
-        # In training, buffers that are not tracked must not reach the function: it would update them.
-        use_buffers = not self.training or self.track_running_stats
+        use_batch = training or (mean is None and var is None)
+        if training and not self.track_running_stats:
+            mean, var = None, None  # buffers that are not tracked must not reach the function: it would update them
         return functional.batch_norm(
-            input,
-            self.running_mean if use_buffers else None,
-            self.running_var if use_buffers else None,
-            self.weight,
-            self.bias,
-            use_batch,
-            momentum,
-            self.eps,
-            activation=resolved,
-            residual=residual,
-            save=save,
-        )
+            input, mean, var, self.weight, self.bias, use_batch, momentum, self.eps,
+            activation=resolved, residual=residual, save=save,
+        )  # fmt: skip
 
     def _count_batch(self) -> float:
         """Advance the counter where torch does; return the weight of this batch in the running statistics."""
         momentum = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                return 1.0 / float(self.num_batches_tracked)
+        if self.training and self.track_running_stats:
+            counter = self.num_batches_tracked
+            if counter is not None:
+                counter.add_(1)
+                if momentum is None:
+                    return 1.0 / float(counter)
         return 0.0 if momentum is None else momentum
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbn import autograd, launch
+from tritonbn import autograd, launch, planning
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Saved
+from tritonbn.signature import parameter_dtype
 
 
 def apply(
@@ -59,7 +60,7 @@ def batch_norm(
     given = autograd.Forward(running_mean, running_var, training, momentum, eps, Activation(activation, a, b))
     x = autograd.dense(x)
     if residual is not None:
-        residual = residual.contiguous(memory_format=launch.memory_format_of(x))
+        residual = residual.contiguous(memory_format=planning.memory_format_of(x))
     y, bits, mean, rstd = autograd.forward(
         x, weight, bias, residual, given, keep=True, keep_bits=keep_bits, pooled=False
     )
@@ -85,11 +86,11 @@ def _(
     b: float,
     keep_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=launch.memory_format_of(x))
+    y = torch.empty_like(x, memory_format=planning.memory_format_of(x))
     bits = x.new_empty(0)
     if keep_bits:
         known = all(type(size) is int for size in x.shape)  # else how many bytes there are is not known either
-        size = launch.plan_for("forward", x).bit_bytes if known else torch.library.get_ctx().new_dynamic_size()
+        size = planning.plan_for("forward", x).bit_bytes if known else torch.library.get_ctx().new_dynamic_size()
         bits = x.new_empty(size, dtype=torch.uint8)
     mean, rstd = (x.new_empty(x.shape[1], dtype=launch.arithmetic_dtype(x)) for _ in range(2))
     new = [torch.empty_like(s) if training and s is not None else x.new_empty(0) for s in (running_mean, running_var)]
@@ -140,7 +141,7 @@ def _(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like_x(want: bool) -> Tensor:
-        return torch.empty_like(x, memory_format=launch.memory_format_of(x)) if want else x.new_empty(0)
+        return torch.empty_like(x, memory_format=planning.memory_format_of(x)) if want else x.new_empty(0)
 
     dweight, dbias = (
         x.new_empty(x.shape[1], dtype=parameter_dtype) if want else x.new_empty(0) for want in wanted[1:3]
@@ -156,8 +157,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     needs_z = ctx.activation != IDENTITY and not keep_bits
     kept = (bias, residual) if needs_z else (None, None)
     ctx.save_for_backward(x, weight, *kept, bits if keep_bits else None, mean, rstd)
-    ctx.parameter_dtype = autograd.parameter_dtype(x, weight, bias)
-    ctx.memory_format = launch.memory_format_of(x)
+    ctx.parameter_dtype = parameter_dtype(x, weight, bias)
+    ctx.memory_format = planning.memory_format_of(x)
 
 
 def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,7 +176,7 @@ def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.training, name, a, b, ctx.eps, ctx.parameter_dtype, ctx.wanted = inputs
     ctx.activation = Activation(name, a, b)
-    ctx.memory_format = launch.memory_format_of(tensors[1])
+    ctx.memory_format = planning.memory_format_of(tensors[1])
     ctx.save_for_backward(*tensors)
 
 

@@ -81,6 +81,11 @@ def make_plan(
     return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.epoch())
 
 
+def independent(problem: Problem, device: Device) -> Plan:
+    """The plan of which no program needs another one, whatever is forced or measured: it runs anywhere."""
+    return model.best(problem, replace(device, cooperative=False, clusters=False))
+
+
 def check(plan: Plan, device: Device) -> Plan:
     """The plan, if the device can run it; else ValueError."""
     most = model.programs_at_once(plan.num_warps, device)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import timing
-from bench.timing import measure, slots_for
+from bench import timing as bounds
+from tritonbn import timing
+from tritonbn.timing import measure, slots_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -56,7 +57,7 @@ def test_outputs_of_other_slots_are_kept() -> None:
 
 
 class Pretended:
-    """torch.cuda as `bench.timing` sees it: the work runs at once, a graph replays it, events read a clock."""
+    """torch.cuda as `tritonbn.timing` sees it: the work runs at once, a graph replays it, events read a clock."""
 
     def __init__(self, refuse: Exception | None = None) -> None:
         self.refuse = refuse
@@ -163,14 +164,14 @@ def test_a_real_graph_and_what_it_refuses() -> None:
 
 def test_a_copy_is_measured(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
-        monkeypatch.setattr(timing, "COPY_BYTES", 1 << 27)
+        monkeypatch.setattr(bounds, "COPY_BYTES", 1 << 27)
     with timing.measuring(device):
-        found = timing.copy_bandwidth(device, samples=3)
+        found = bounds.copy_bandwidth(device, samples=3)
     assert 1e8 < found < 2e13
 
 
 def test_peak_memory_is_what_a_call_adds(device: torch.device) -> None:
-    found = timing.peak_bytes(lambda: torch.empty(1 << 20, device=device), device)
+    found = bounds.peak_bytes(lambda: torch.empty(1 << 20, device=device), device)
     if device.type == "cpu":
         assert found is None
     else:

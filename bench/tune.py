@@ -1,0 +1,85 @@
+"""Plans by measurement for the layers of a network: `tritonbn.tune` from the command line."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from bench.console import console, print_columns
+from bench.errors import BenchError
+from bench.files import writable_folder
+from bench.measure import pick_device
+from bench.problem import CHANNELS_LAST, DTYPES, LAYOUTS, layouts_of
+from bench.shapes import SETS, shape
+from tritonbn import model, planning, tables, tuning
+from tritonbn.device import H200
+from tritonbn.layers import Layer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--set", action="append", choices=[*SETS], help="layers of a network; repeatable (default: resnet50-256)")
+    add("--shape", action="append", type=shape, metavar="N,C,H,W", help="a shape of your own instead; repeatable")
+    add("--dtype", action="append", choices=[*DTYPES], help="repeatable (default: bf16)")
+    add("--layout", action="append", choices=LAYOUTS, help="repeatable (default: all that a shape has)")
+    add("--again", action="store_true", help="also what the tables know already")
+    add("--budget", type=float, metavar="SECONDS", help="begin no problem after so long; the heaviest come first")
+    add("--out", type=Path, metavar="DIR", help="for the table (default: the user's cache folder)")
+    add("--device", help="cuda or cuda:N (default: cuda; without one, the plans that would be timed)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune, write the table and print what was found."""
+    chosen = list(dict.fromkeys(layers(args)))
+    if args.device is None and not torch.cuda.is_available():
+        return without_gpu(chosen)
+    device = pick_device(args.device)
+    if device.type != "cuda":
+        raise BenchError(f"--device {args.device}: plans are measured on a GPU")
+    folder = writable_folder(args.out or tables.user_folder())
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tuning", total=None)
+
+        def show(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+            if not console.is_terminal:
+                console.print(f"{done}/{total} {text}", soft_wrap=True)
+
+        found = tuning.tune_layers(chosen, device, again=args.again, folder=folder, budget=args.budget, progress=show)
+    for result in found:
+        console.print(str(result), soft_wrap=True)
+    faster = sum(result.after != result.before for result in found)
+    console.print(f"{len(found)} problems measured, {faster} plans replaced", soft_wrap=True)
+    console.print(f"Written: {tables.path(folder, planning.device_of(device))}", soft_wrap=True)
+    return 0
+
+
+def layers(args: argparse.Namespace) -> list[Layer]:
+    """The inputs of the layers that were asked for."""
+    shapes = args.shape or [layer.shape for name in args.set or ["resnet50-256"] for layer in SETS[name]()]
+    return [
+        Layer(sizes, DTYPES[dtype], CHANNELS_LAST[len(sizes)] if layout == "channels_last" else torch.contiguous_format)
+        for sizes in shapes
+        for layout in layouts_of(sizes)
+        if layout in (args.layout or LAYOUTS)
+        for dtype in args.dtype or ["bf16"]
+    ]
+
+
+def without_gpu(chosen: list[Layer]) -> int:
+    """The plan of each path and its prediction: what tuning would begin with."""
+    console.print(
+        "no GPU: nothing can be timed here. Plans for an H200 with the times that the model predicts, in us:\n"
+    )
+    lines = [["operation", "layout", "shape", "predicted", "first", "others"]]
+    for problem in tuning.problems(chosen, H200, again=True):
+        times: dict[str, float] = {}
+        for plan in model.plans_for(problem, H200):
+            times[plan.path] = min(times.get(plan.path, 1.0), model.seconds(plan, problem, H200))
+        first = model.best(problem, H200).path
+        others = ", ".join(f"{path} {1e6 * time:.1f}" for path, time in times.items() if path != first)
+        sizes = "x".join(map(str, problem.shape))
+        lines.append([problem.operation, problem.layout, sizes, f"{1e6 * times[first]:.1f}", first, others])
+    print_columns(lines)
+    return 0

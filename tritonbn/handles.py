@@ -1,0 +1,210 @@
+"""Compiled kernels, kept: a launch by Triton's JIT costs Python some ten microseconds each time, a kept one two.
+
+The first launch of a kind is Triton's own and leaves its compiled kernel here. Later ones hand it the same arguments as
+Triton does, tensors as addresses, and check nothing: what Triton compiles for is in the key, all of it. Triton's own
+launch is taken wherever that is not enough: with hooks of profilers, in the interpreter, on AMD (where Triton compiles
+for the sizes of tensors too), and for a compiled kernel of a make that is not known.
+"""
+
+import re
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+from tritonbn.model import WARPS_PER_SM
+from tritonbn.occupancy import resident_programs
+from tritonbn.plan import Plan
+
+# Entries, one for each kernel, plan and sort of arguments; beyond it (shapes that never repeat) all are forgotten.
+LIMIT = 4096
+
+_HIP = torch.version.hip is not None
+_runtime = triton.knobs.runtime
+
+Key = tuple[Any, ...]
+
+
+class TooManyPrograms(ValueError):
+    """Programs that wait for each other would not all be resident."""
+
+
+class Kernel(NamedTuple):
+    """What is known of a kernel: its tensors come first, then sizes, then floating-point numbers, then constants."""
+
+    jit: Any  # kept, so that its id remains its own
+    sizes: int  # index of the first size: names of tensors end in _ptr
+    numbers: int  # index of the first number: its type is given
+
+
+class Handle(NamedTuple):
+    """A compiled kernel on its device, and how it is launched."""
+
+    plan: Plan  # kept, so that its id, which is in the key, remains its own
+    compiled: CompiledKernel
+    run: Any  # (grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments)
+    function: int
+    metadata: Any
+    constants: tuple[Any, ...]  # the arguments after those that change, in the kernel's order
+
+
+_kernels: dict[int, Kernel] = {}
+_handles: dict[Key, Handle] = {}
+_fitting: dict[Key, tuple[bool, Plan]] = {}
+
+
+def forget() -> None:
+    """Drop all handles, as after a change of Triton's driver or settings."""
+    _handles.clear()
+    _fitting.clear()
+
+
+def options(plan: Plan) -> dict[str, Any]:
+    """What Triton is told beside the kernel's constants."""
+    # Products and sums are fused in all kernels alike.
+    given: dict[str, Any] = {"num_warps": plan.num_warps, "enable_fp_fusion": True}
+    if not _HIP:
+        # NVIDIA's assembler would rather spill a few values than exceed a register count of its own choosing; of all
+        # that there are for so many threads, most kernels still take 128. Cooperative ones must: they count on it.
+        warps = max(plan.num_warps, WARPS_PER_SM) if plan.cooperative else plan.num_warps
+        given["maxnreg"] = min(255, 65536 // (32 * warps))
+    if plan.cooperative:
+        given["launch_cooperative_grid"] = True
+    if plan.ctas > 1:
+        given["num_ctas"] = plan.ctas
+    return given
+
+
+def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
+
+    constants: its compile-time arguments beside T, which is the plan's tile. Raises TooManyPrograms where programs that
+    wait for each other would not all be resident.
+    """
+    device = args[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            start(kernel, grid, plan, args, constants)
+        return
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks or _watched() or _HIP:
+        _must_fit(kernel, grid, plan, args, constants)
+        kernel[grid](*args, T=plan.tile, **constants, **options(plan))
+        return
+    key, addresses = _key(kernel, plan, device, args, constants)
+    handle = _handles.get(key)
+    if handle is None:
+        _must_fit(kernel, grid, plan, args, constants)
+        compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
+        _keep(key, kernel, plan, compiled, args, constants)
+        return
+    _, _, run, function, metadata, fixed = handle
+    run(
+        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
+        driver.active.get_current_stream(device), function, metadata, None, None, None,
+        *addresses, *args[len(addresses) :], *fixed,
+    )  # fmt: skip
+
+
+def _must_fit(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    if plan.cooperative and args[0].get_device() >= 0 and not fits_at_once(kernel, grid, plan, args, constants):
+        raise TooManyPrograms(f"the {prod(grid)} programs of {kernel.__name__} do not fit the GPU at a time: {plan}")
+
+
+def fits_at_once(
+    kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]
+) -> bool:
+    """Whether all programs of this `start` are resident together, as cooperative ones must be; compiles if needed.
+
+    False where it is not known: in the interpreter, which runs programs one after the other, and on AMD.
+    """
+    if not isinstance(kernel, JITFunction) or _HIP:
+        return False
+    device = args[0].get_device()
+    key = *_key(kernel, plan, device, args, constants)[0], grid
+    known = _fitting.get(key)
+    if known is None:
+        with torch.cuda.device(device):
+            compiled = kernel.warmup(*args, grid=grid, T=plan.tile, **constants, **options(plan))
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        compiled.run  # noqa: B018  # loads it: registers are known then
+        at_once = resident_programs(
+            compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps, compiled.metadata.num_ctas,
+            torch.cuda.get_device_properties(device),
+        )  # fmt: skip
+        if len(_fitting) >= LIMIT:
+            _fitting.clear()
+        known = _fitting[key] = prod(grid) <= at_once, plan
+    return known[0]
+
+
+def spills(plan: Plan) -> int | None:
+    """The most that a kernel spills of those that were launched by this very plan; None if none was."""
+    return max((h.compiled.n_spills or 0 for h in list(_handles.values()) if h.plan is plan), default=None)
+
+
+def _watched() -> bool:
+    """Whether there are hooks on launches, as profilers set: chains of `calls`; in Triton 3.4 a function or None."""
+    try:
+        return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
+    except AttributeError:
+        return _runtime.launch_enter_hook is not None or _runtime.launch_exit_hook is not None
+
+
+def _key(
+    kernel: Any, plan: Plan, device: int, args: Sequence[Any], constants: dict[str, Any]
+) -> tuple[Key, list[int | None]]:
+    """Everything that Triton compiles for, and the addresses of the tensors.
+
+    That is the dtype of each tensor, where there is one and whether it is aligned to 16 bytes, and the value of each
+    size (1 and multiples of 16 may matter, and more than 32 bits do); not of numbers, whose type the kernel gives.
+    """
+    _, sizes, numbers = _kernels.get(id(kernel)) or _know(kernel)
+    addresses: list[int | None] = []
+    kinds: list[Any] = [id(kernel), id(plan), device, *args[sizes:numbers]]
+    low = 0
+    for tensor in args[:sizes]:
+        if tensor is None:
+            addresses.append(None)
+            kinds.append(None)
+        else:
+            address = tensor.data_ptr()
+            low |= address
+            addresses.append(address)
+            kinds.append(tensor.dtype)
+    if low & 15:
+        kinds.append(tuple(address is None or address & 15 == 0 for address in addresses))
+    return (*kinds, *constants.items()), addresses
+
+
+def _know(kernel: Any) -> Kernel:
+    """Read the kernel's signature, which `_key` relies on."""
+    kinds = "".join(
+        "c" if p.is_constexpr else "n" if p.annotation_type.startswith(("fp", "bf")) else "s" for p in kernel.params
+    )
+    tensors = sum(p.name.endswith("_ptr") for p in kernel.params)
+    kinds = kinds.replace("s", "t", tensors)
+    if not re.fullmatch("t+s*n*c*", kinds) or not all(p.name.endswith("_ptr") for p in kernel.params[:tensors]):
+        raise TypeError(f"{kernel.__name__}: expected tensors *_ptr, sizes, numbers typed fp*, constants in this order")
+    known = _kernels[id(kernel)] = Kernel(kernel, tensors, tensors + kinds.count("s"))
+    return known
+
+
+def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """Keep what Triton's launch compiled, unless it or the arguments are of a make that is not known."""
+    _, sizes, numbers = _kernels[id(kernel)]
+    rest, values = kernel.arg_names[len(args) :], {"T": plan.tile, **constants}
+    if not (
+        isinstance(compiled, CompiledKernel)
+        and isinstance(compiled.function, int)
+        and all(type(size) is int for size in args[sizes:numbers])  # True and 1.0 are 1 in a key
+        and set(rest) == set(values)  # else there are defaults, or constants among the arguments
+    ):
+        return
+    if len(_handles) >= LIMIT:
+        _handles.clear()
+    fixed = tuple(values[name] for name in rest)
+    _handles[key] = Handle(plan, compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed)

@@ -1,0 +1,53 @@
+"""The problem that a tensor poses, the device that it is on, and so its plan."""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from tritonbn.choice import Operation, Plan, Problem
+from tritonbn.device import Device, described
+from tritonbn.plan import make_plan
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The format of the result for x [N, C, ...], as torch chooses it: channels_last(_3d) is kept, also when gapped."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return last
+    return torch._prims_common.suggest_memory_format(x)
+
+
+def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
+    """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it."""
+    tuned = not torch.are_deterministic_algorithms_enabled()
+    return make_plan(*problem_of(operation, x, costly)[:4], device_of(x.device), costly, tuned)
+
+
+def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:
+    """`operation` on dense x, as plans are made for it."""
+    N, C = x.shape[0], x.shape[1]
+    S = x.numel() // (N * C)
+    if S == 1 or memory_format_of(x) is not torch.contiguous_format:
+        return Problem(operation, "rows", (N * S, C, 1), x.element_size(), costly)
+    return Problem(operation, "planes", (N, C, S), x.element_size(), costly)
+
+
+def device_of(device: torch.device) -> Device:
+    """What the plan knows of it. Beside collectives of other processes nothing waits until all of the GPU is free."""
+    return _described(device, not (torch.distributed.is_available() and torch.distributed.is_initialized()))
+
+
+@lru_cache(maxsize=64)
+def _described(device: torch.device, alone: bool) -> Device:
+    nvidia = not torch.version.hip
+    clusters = nvidia and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
+    if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
+        return Device(cooperative=device.type != "cpu", clusters=clusters)
+    p = torch.cuda.get_device_properties(device)
+    data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
+    l2_bytes = getattr(p, "L2_cache_size", 0)
+    return described(p.name, p.multi_processor_count, l2_bytes, data_sheet, nvidia and alone, clusters and p.major >= 9)
