@@ -175,6 +175,14 @@ def test_save_refuses_what_no_reader_would_take(us: Any, folder: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("shipped", sorted(tables.SHIPPED.glob("*.json")), ids=lambda path: path.name)
+def test_the_librarys_tables_are_read(shipped: Path) -> None:
+    device = Device(*(json.loads(shipped.read_text())[name] for name in ("gpu", "sms")))
+    assert shipped == tables.path(shipped.parent, device), "named after the GPU and this version"
+    with told(0):
+        assert tables._load(shipped, device)
+
+
 # What is in the file.
 
 
