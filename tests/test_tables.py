@@ -175,6 +175,14 @@ def test_save_refuses_what_no_reader_would_take(us: Any, folder: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("shipped", sorted(tables.SHIPPED.glob("*.json")), ids=lambda path: path.name)
+def test_the_librarys_tables_are_read(shipped: Path) -> None:
+    device = Device(*(json.loads(shipped.read_text())[name] for name in ("gpu", "sms")))
+    assert shipped == tables.path(shipped.parent, device), "named after the GPU and this version"
+    with told(0):
+        assert tables._load(shipped, device)
+
+
 # What is in the file.
 
 
@@ -341,6 +349,15 @@ def test_measured_plan_that_can(choice: Choice, problem: Problem, device: Device
     plan = plan_of(problem, device)
     assert plan.choice == choice
     assert_sound(plan, device, LARGEST_TILE)
+
+
+def test_offsets_into_the_workspace_stay_below_32_bits() -> None:
+    """65535 partials of 3 x 16384 values would not: half as many programs have two tiles each."""
+    problem = Problem("forward", "rows", (1 << 16, 1 << 14, 1), 2)
+    tables.remember(GPU, {key(problem): Entry(Choice("split", 1, 64, 1, splits=65535), 1.0, 2.0)})
+    plan = plan_of(problem)
+    assert (source(plan), plan.splits, plan.reduce_tiles) == ("tuned in this process", 1 << 15, 2)
+    assert_sound(plan, GPU, LARGEST_TILE)
 
 
 CHOICES = st.builds(
