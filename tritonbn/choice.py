@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from tritonbn.geometry import Tile, geometry, power_of_two
 
@@ -132,6 +132,7 @@ class Plan:
     ctas: int  # of a program
     choice: Choice = field(compare=False, repr=False)
     estimate: Estimate | None = field(default=None, compare=False, repr=False)
+    kept: dict[Any, Any] | None = field(default=None, compare=False, repr=False)  # see `handles.py`
 
     @cached_property
     def splits(self) -> int:

@@ -133,11 +133,10 @@ def _signature(tensors: tuple[Any, ...], training: bool, momentum: float, eps: f
         and type(momentum) in _NUMBERS
         and type(eps) in _NUMBERS
         and (eps > 0 or (eps == 0 and not training))
-        and not torch.compiler.is_exporting()  # the program must run where we are not installed
     ):
         return NONE
-    if torch.compiler.is_compiling():
-        return SYMBOLIC if _fit(tensors, training) else NONE
+    if torch.compiler.is_compiling():  # an exported program must run where we are not installed
+        return SYMBOLIC if not torch.compiler.is_exporting() and _fit(tensors, training) else NONE
     return known(tensors, training, _look) if torch.autograd.forward_ad._current_level < 0 else NONE
 
 
@@ -154,6 +153,7 @@ def _look(tensors: tuple[Any, ...], training: bool) -> Signature:
         and all(v is None or v.is_contiguous() for v in tensors[1:5]),
         memory_format,
         parameter_dtype(x, weight, bias),
+        {},
         {},
     )
 

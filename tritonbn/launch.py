@@ -197,16 +197,14 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
 
 
 def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | None]:
-    """y and, if they are to be kept, the bits."""
-    y = torch.empty_like(x, memory_format=memory_format_of(x))
-    return y, torch.empty(plan.bit_bytes, dtype=torch.uint8, device=x.device) if keep_bits else None
+    """y, laid out as x is, and, if they are to be kept, the bits."""
+    return torch.empty_like(x), torch.empty(plan.bit_bytes, dtype=torch.uint8, device=x.device) if keep_bits else None
 
 
 def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] in the dtype of the arithmetic on x."""
-    dtype = arithmetic_dtype(x)
-    if like is None or like.dtype is not dtype:
-        like = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+    if like is None or like.dtype is not arithmetic_dtype(x):
+        like = torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
     return torch.empty_like(like), torch.empty_like(like)
 
 

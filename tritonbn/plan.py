@@ -26,12 +26,6 @@ class _Forced(NamedTuple):
 
 
 _forced = _Forced()
-_epoch = 0
-
-
-def epoch() -> int:
-    """A number that changes whenever plans may: what was looked up before is to be looked up again."""
-    return _epoch + tables.epoch()
 
 
 class forced:
@@ -49,12 +43,14 @@ class forced:
         self._new = _Forced(path, splits, choice)
 
     def __enter__(self) -> None:
-        global _forced, _epoch
-        self._old, _forced, _epoch = _forced, self._new, _epoch + 1
+        global _forced
+        self._old, _forced = _forced, self._new
+        tables.changed()
 
     def __exit__(self, *exception: object) -> None:
-        global _forced, _epoch
-        _forced, _epoch = self._old, _epoch + 1
+        global _forced
+        _forced = self._old
+        tables.changed()
 
 
 def fits(N: int, C: int, S: int) -> bool:
@@ -78,7 +74,7 @@ def make_plan(
     is a backward that computes exponentials for each element. Measured plans are taken from tables if `tuned`, the rest
     from a model. Raises ValueError where a forced path cannot run it.
     """
-    return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.epoch())
+    return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.written())
 
 
 def independent(problem: Problem, device: Device) -> Plan:
@@ -108,7 +104,7 @@ def check(plan: Plan, device: Device) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, tables_epoch: int) -> Plan:
+def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, written: int) -> Plan:
     plan, source = _chosen(problem, device, force, tuned)
     moved, floor = bytes_moved(plan, Operands()), floor_bytes(plan, Operands())
     seconds = model.seconds(plan, problem, device)

@@ -1,12 +1,14 @@
 """What the tensors of a call are, and so whether the kernels take them: looked at once, then recognized."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonbn.plan import Operation, Plan, epoch
+from tritonbn.plan import Operation, Plan
+from tritonbn.tables import epoch
 from tritonbn.planning import plan_for
 
 # Signatures that are kept; all are forgotten when there are too many, of shapes that never repeat.
@@ -22,17 +24,20 @@ class Signature(NamedTuple):
     memory_format: torch.memory_format  # of the result
     parameter_dtype: torch.dtype  # of the gradients of weight and bias
     plans: dict[tuple[Operation, bool, bool], tuple[int, Plan]]
+    own: dict[int, tuple[Plan, Plan]]  # the plans that others share, and this signature's own instead
 
     def plan(self, operation: Operation, x: Tensor, costly: bool = False) -> Plan:
-        """The plan for x, dense."""
+        """The plan for x, dense, which is this signature's own: its forward always launches the same kernels."""
         key = operation, costly, torch.are_deterministic_algorithms_enabled()
         now, kept = epoch(), self.plans.get(key)
         if kept is None or kept[0] != now:
-            kept = self.plans[key] = now, plan_for(operation, x, costly)
+            shared = plan_for(operation, x, costly)
+            _, own = self.own.setdefault(id(shared), (shared, replace(shared, kept={})))  # shared is kept: so is its id
+            kept = self.plans[key] = now, own
         return kept[1]
 
 
-NONE = Signature(False, False, False, torch.contiguous_format, torch.float32, {})
+NONE = Signature(False, False, False, torch.contiguous_format, torch.float32, {}, {})
 # Of tensors in compiled code, which say no more.
 SYMBOLIC = NONE._replace(fits=True)
 _known: dict[tuple[Any, ...], tuple[Any, Signature]] = {}

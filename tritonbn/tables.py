@@ -49,10 +49,23 @@ class Entry(NamedTuple):
 _tuned: dict[tuple[Device, str], Entry] = {}
 _told: set[tuple[str, Path]] = set()
 _epoch = 0
+_written = 0
+
+
+def changed(written: bool = False) -> None:
+    """Plans may be others from now on; `written`: because tables are."""
+    global _epoch, _written
+    _epoch += 1
+    _written += written
+
+
+def written() -> int:
+    """A number that changes whenever `find` may give another answer."""
+    return _written
 
 
 def epoch() -> int:
-    """A number that changes whenever `find` may give another answer."""
+    """A number that changes whenever plans may: what was looked up before is to be looked up again."""
     return _epoch
 
 
@@ -82,18 +95,16 @@ def find(problem: Problem, device: Device) -> tuple[Choice, str] | None:
 
 def remember(device: Device, entries: dict[str, Entry]) -> None:
     """Have `find` answer with these in this process."""
-    global _epoch
     _tuned.update({(device, name): entry for name, entry in entries.items()})
-    _epoch += 1
+    changed(written=True)
 
 
 def forget() -> None:
     """Read files again, and drop what was tuned in this process."""
-    global _epoch
     _tuned.clear()
     _told.clear()
     _read.cache_clear()
-    _epoch += 1
+    changed(written=True)
 
 
 def user_folder() -> Path | None:
@@ -118,7 +129,6 @@ def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) 
 
     What cannot be written is told of once. Raises ValueError for entries that no reader would take.
     """
-    global _epoch
     for entry in entries.values():
         entry.check()
     folder = folder or user_folder()
@@ -134,7 +144,7 @@ def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) 
         _tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
         return None
     _read.cache_clear()
-    _epoch += 1
+    changed(written=True)
     return file
 
 
