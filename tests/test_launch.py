@@ -71,7 +71,7 @@ def vector(dtype: torch.dtype = torch.float32, offset: int = 0) -> Tensor:
 
 
 def start(kernel: Kernel, *args: Any, plan: Plan = PLAN, grid: tuple[int, ...] = (2,), act: Any = IDENTITY) -> None:
-    handles.start(kernel, grid, plan, args, {"ACT": act})
+    handles.start(kernel, grid, plan, *args, ACT=act)
 
 
 def test_first_launch_is_tritons_and_later_ones_give_the_driver_the_same(kernel: Kernel, stub: StubDriver) -> None:
@@ -230,7 +230,7 @@ def test_kernels_that_keys_do_not_describe_are_refused(stub: StubDriver) -> None
         tl.store(x_ptr, n)
 
     with pytest.raises(TypeError, match="mixed: expected tensors"):
-        handles.start(Kernel(mixed), (1,), PLAN, (vector(), 1), {})
+        handles.start(Kernel(mixed), (1,), PLAN, vector(), 1)
 
 
 def test_handles_are_forgotten_when_there_are_too_many(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What the backward needs and what it returns: the eager operation, differentiable to any order."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +12,8 @@ from tritonbn.launch import Gradients, Saved, Wanted
 from tritonbn.planning import memory_format_of
 from tritonbn.signature import Signature
 
-
-class Forward(NamedTuple):
-    """Everything that the forward takes beside x, residual, weight and bias."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool
-    momentum: float
-    eps: float
-    activation: Activation = IDENTITY
+# running_mean, running_var, training, momentum, eps, activation: what the forward takes beside what has gradients.
+Forward = tuple[Tensor | None, Tensor | None, bool, float, float, Activation]
 
 
 def batch_norm(
@@ -72,7 +64,8 @@ def forward(
 
     found: what x and the vectors are, where that is known.
     """
-    mean, var, training, momentum, eps, activation = given
+    running_mean, running_var, training, momentum, eps, activation = given
+    mean, var = running_mean, running_var
     dense = found is not None and found.dense
     if not dense:
         weight, bias, mean, var = _contiguous(weight), _contiguous(bias), _contiguous(mean), _contiguous(var)
@@ -82,8 +75,8 @@ def forward(
             x, residual, weight, bias, mean, var, momentum, eps, activation, keep_bits, pooled, plan
         )  # fmt: skip
         if not dense:
-            _bring_back(given.running_mean, mean)
-            _bring_back(given.running_var, var)
+            _bring_back(running_mean, mean)
+            _bring_back(running_var, var)
         return results
     assert mean is not None
     assert var is not None
@@ -193,16 +186,16 @@ class BatchNorm(torch.autograd.Function):
         save_output: bool,
         found: Signature,
     ) -> Tensor:
-        activation = given.activation
+        running_mean, running_var, training, _, eps, activation = given
         keep_bits = residual is not None and activation.two_valued
         y, bits, mean, rstd = forward(x, weight, bias, residual, given, True, keep_bits, True, found)
         needs_z = not keep_bits and activation != IDENTITY
         # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
         ctx.save_for_backward(
             y if save_output else x, weight, bias if needs_z or save_output else None, residual if needs_z else None,
-            bits, None if save_output else mean, rstd, given.running_mean, given.running_var,
+            bits, None if save_output else mean, rstd, running_mean, running_var,
         )  # fmt: skip
-        ctx.constants = given.training, activation, given.eps, found
+        ctx.constants = training, activation, eps, found
         return y
 
     @staticmethod

@@ -210,6 +210,8 @@ def build(problem: Problem, choice: Choice) -> Plan:
     lanes = power_of_two(problem.view[2] if tile.GROUP == 1 else C)
     if tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
         block_l = tile.BLOCK_L
+        if choice.ctas > 1:
+            raise ValueError("path cluster cannot gather channels across the CTAs of a program")
     elif block_l < min(8, lanes):  # forward and backward may have different plans, but the bits between them are alike
         raise ValueError(f"a byte of packed bits belongs to one block of lanes, but got {block_l} of {lanes} lanes")
     elif tile.GROUP == 1:
@@ -228,14 +230,10 @@ def build(problem: Problem, choice: Choice) -> Plan:
         raise ValueError(f"path {choice.path} needs one tile for a program's share, but got {reduce_tiles}")
     if block_r * block_l * problem.itemsize > choice.ctas * LARGEST_TILE:
         raise ValueError(f"a tile of {block_l} x {block_r} elements of {problem.itemsize} bytes is too large")
-    if choice.ctas > 1 and tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
-        raise ValueError("path cluster cannot gather channels across the CTAs of a program")
     return Plan(
-        problem.operation,
-        problem.layout,
+        *problem[:2],
         choice.path,
-        problem.shape,
-        problem.itemsize,
+        *problem[2:4],
         rows,
         width,
         tile._replace(BLOCK_R=block_r, BLOCK_L=block_l, ONCE=resident, STAGES=choice.stages),

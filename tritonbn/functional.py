@@ -89,7 +89,7 @@ def batch_norm(
             running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
         y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return act.apply(y if residual is None else y + residual)
-    given = autograd.Forward(running_mean, running_var, training, float(momentum), float(eps), act)
+    given = running_mean, running_var, training, float(momentum), float(eps), act
     compiling = found is SYMBOLIC
     if not compiling and torch._C._len_torch_dispatch_stack() == 0:
         save_output = save == "output" and found.records and recoverable(input, weight, bias, act)

@@ -80,7 +80,7 @@ def options(plan: Plan) -> dict[str, Any]:
     return given
 
 
-def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], constants: dict[str, Any]) -> None:
+def start(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
     """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
 
     constants: its compile-time arguments beside T, which is the plan's tile. Raises TooManyPrograms where programs that
@@ -89,7 +89,7 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, args: Sequence[Any], c
     device = args[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            start(kernel, grid, plan, args, constants)
+            start(kernel, grid, plan, *args, **constants)
         return
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or _watched() or _HIP:
         _must_fit(kernel, grid, plan, args, constants)

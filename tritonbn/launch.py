@@ -24,6 +24,10 @@ from tritonbn.tickets import Purpose, scratch
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
+# The one place where a kernel starts.
+_launch = handles.start
+
+
 class Saved(NamedTuple):
     """What the backward needs beside dy; without mean, x is the forward's output."""
 
@@ -175,11 +179,6 @@ def costs(activation: Activation, bits: Tensor | None) -> bool:
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
-    """The one place where a kernel starts."""
-    handles.start(kernel, grid, plan, args, constants)
 
 
 def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:

@@ -24,8 +24,8 @@ def apply(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, new running_mean, new running_var); the last two are empty where nothing is to be updated."""
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    keep_bits = grad and autograd.keeps_bits(residual, given.activation)
     running_mean, running_var, *constants, activation = given
+    keep_bits = grad and autograd.keeps_bits(residual, activation)
     y, _, _, _, new_mean, new_var = batch_norm(
         x, weight, bias, residual, running_mean, running_var, *constants, *activation, keep_bits
     )
@@ -57,7 +57,7 @@ def batch_norm(
     if training:
         running_mean = None if running_mean is None else running_mean.clone()
         running_var = None if running_var is None else running_var.clone()
-    given = autograd.Forward(running_mean, running_var, training, momentum, eps, Activation(activation, a, b))
+    given = running_mean, running_var, training, momentum, eps, Activation(activation, a, b)
     x = autograd.dense(x)
     if residual is not None:
         residual = residual.contiguous(memory_format=planning.memory_format_of(x))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tritonbn.plan import Operation, Plan
-from tritonbn.tables import epoch
 from tritonbn.planning import plan_for
+from tritonbn.tables import epoch
 
 # Signatures that are kept; all are forgotten when there are too many, of shapes that never repeat.
 LIMIT = 4096
