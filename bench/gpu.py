@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     todo = steps(out.resolve(), args, chosen)
     with terminable():
         for step in todo:
-            result, seconds, last = execute(step, out / f"{step.name}.log")
+            # The user's table is left out of it: plans are the model's until this run has tuned them.
+            plans = out.resolve() / ("plans" if step.name == "ops-tuned" else "no-plans")
+            result, seconds, last = execute(step, out / f"{step.name}.log", {"TRITONBN_CACHE_DIR": str(plans)})
             # Results are committed: no folder of this machine in them.
             last = last.replace(f"{out.resolve()}/", "").replace(f"{ROOT}/", "")
             done[step.name] = {"result": result, "seconds": seconds, "last_line": last, "commit": facts["commit"]}
@@ -137,7 +139,7 @@ def command(name: str, limit: int, out: Path, args: argparse.Namespace) -> list[
     if name == "ops":
         return ["-m", "bench", "ops", *headline, "--set", "mnist", *quick, *budget, "--out", str(out)]
     if name == "tune":
-        return ["-m", "bench", "tune", "--set", "resnet50-256", *budget]
+        return ["-m", "bench", "tune", "--set", "resnet50-256", *budget, "--out", str(out / "plans")]
     if name == "ops-tuned":
         ours = ["--provider", "tritonbn"]
         return ["-m", "bench", "ops", *headline, *ours, *quick, *budget, "--out", str(out / "tuned")]
@@ -177,12 +179,12 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def execute(step: Step, log: Path) -> tuple[str, float, str]:
+def execute(step: Step, log: Path, variables: Mapping[str, str]) -> tuple[str, float, str]:
     """(ok, exit code or time-out; seconds; last line of the output); the output goes to `log`."""
     console.print(f"{step.name}: {' '.join(step.command)} > {log}", soft_wrap=True)
     start = time.perf_counter()
     with log.open("w") as output:
-        code = finished([sys.executable, *step.command], output, step.limit)
+        code = finished([sys.executable, *step.command], output, step.limit, variables)
     result = "ok" if code == 0 else f"over {step.limit} s" if code is None else f"exit {code}"
     lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
     if result != "ok":
@@ -190,10 +192,11 @@ def execute(step: Step, log: Path) -> tuple[str, float, str]:
     return result, time.perf_counter() - start, lines[-1] if lines else ""
 
 
-def finished(command: list[str], output: Any, limit: float) -> int | None:
+def finished(command: list[str], output: Any, limit: float, variables: Mapping[str, str] | None = None) -> int | None:
     """The exit code, None after `limit` seconds; nothing of the command's process group is left in either case."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONUNBUFFERED"] = "1"  # what is killed has said so far what it had to say
+    environment |= variables or {}
     process = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT,
         start_new_session=True,

@@ -14,7 +14,7 @@ from bench.providers import Operation, Provider
 from bench.summary import OURS, Row
 from bench.timing import peak_bytes
 from bench.verify import WrongResult, verify
-from tritonbn import plan, planning
+from tritonbn import launch, plan, planning
 from tritonbn.activations import resolve
 from tritonbn.timing import COLD, SAMPLES, Call, measure, slots_for
 
@@ -127,9 +127,9 @@ def plans(problem: Problem, direction: Direction, x: Tensor) -> tuple[str, str]:
     costly = resolve(epilogue.activation).costly and not epilogue.keeps_bits
     found = []
     if direction != "backward":
-        found.append(planning.plan_for("forward", x))
+        found.append(launch.running(planning.plan_for("forward", x)))
     if direction != "forward":
-        found.append(planning.plan_for("backward", x, costly))
+        found.append(launch.running(planning.plan_for("backward", x, costly)))
     return "; ".join(map(str, found)), "/".join(dict.fromkeys(p.path for p in found))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tritonbn
 from bench.measure import synchronize
@@ -64,10 +64,22 @@ def module_for(provider: str, problem: Problem) -> nn.Module:
         return built(getattr(tritonbn, f"BatchNormAct{of}"), shape[1], activation=activation)
     module = built(getattr(nn, f"BatchNorm{of}"), shape[1])
     if activation != "identity":
-        module = nn.Sequential(module, ACTIVATIONS[activation]())
+        module = Both(module, ACTIVATIONS[activation]())
     if provider == "compile":
         module = cast(nn.Module, torch.compile(module, fullgraph=True, dynamic=False))
     return module
+
+
+class Both(nn.Module):
+    """Batch norm, then an activation, as the forward of a network calls them: with no container between."""
+
+    def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.activation(self.norm(x))
+        return y
 
 
 def built(make: Any, channels: int, **options: Any) -> nn.Module:

@@ -19,7 +19,8 @@ from .tiles import channels, filled, load_scale, load_shift, tile_count
 def slot_barrier(semaphore_ptr):
     """Return once all programs of this one's slot arrived, with what they stored before; see CUDA's cooperative groups.
 
-    What they add in a round is 2^30 together: it toggles bit 30, so the semaphore needs no reset, whatever it held.
+    What they add in a round is 2^30 together: it toggles bit 30 and leaves those below it zero, as they were at first,
+    so the semaphore needs no reset.
     """
     HALF: tl.constexpr = 1 << 30
     step = tl.where(tl.program_id(1) == 0, HALF + 1 - tl.num_programs(1), 1)

@@ -104,7 +104,7 @@ def row(**values: Any) -> Row:
 def test_percents_are_weighted_by_traffic() -> None:
     small, large = row(percent_of_floor=40.0), row(percent_of_floor=80.0, count=3, floor_bytes=200)
     failed, peer = row(us=None, percent_of_floor=None, error="no"), row(provider="eager", percent_of_floor=1.0)
-    assert summary.weighted_percent([small, large, failed, peer]) == pytest.approx((40 + 6 * 80) / 7)
+    assert summary.weighted_percent([small, large, failed, peer]) == pytest.approx(7 / (1 / 40 + 6 / 80))
     assert summary.weighted_percent([small, peer], provider="eager") == 1.0
     assert summary.weighted_percent([peer]) is None
 
@@ -146,8 +146,9 @@ def test_targets_without_rows_are_not_measured() -> None:
     assert [target.line for target in found] == [90, 90, 90, 90, 75, 1.5, 2.0, 0.95, 1.15, 1.0]
 
 
-def test_targets_are_reached_or_not() -> None:
-    rows = []
+def test_targets_are_reached_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETS, "resnet50-256", lambda: [Layer((256, 64, 56, 56))])
+    rows: list[Row] = []
     for layout in ("nchw", "channels_last"):
         for direction in ("forward", "backward"):
             for epilogue, eager in (("bn", 16.0), ("bn+add+relu", 19.0)):
@@ -166,3 +167,13 @@ def test_targets_are_reached_or_not() -> None:
         (85.0, True), (pytest.approx(1.6), True), (pytest.approx(1.9), False), (pytest.approx(1.2), True),
         (pytest.approx(1.2), True), (pytest.approx(0.9), False),
     ]  # fmt: skip
+
+
+def test_what_was_not_measured_in_full_is_not_reached() -> None:
+    """A row that failed, or a layer that the budget left out, might be the one that misses the line."""
+    layers = [row(shape=list(layer.shape), percent_of_floor=95.0) for layer in SETS["resnet50-256"]()]
+    failed = row(us=None, percent_of_floor=None, error="out of memory", epilogue="bn+relu")
+    for rows, reached in ((layers, True), (layers[1:], None), ([*layers, failed], None)):
+        first = summary.targets(rows)[0]
+        assert first.value == pytest.approx(95.0)
+        assert first.reached is reached

@@ -15,9 +15,9 @@ from tests.test_determinism import step
 from tests.test_epilogue import check as check_epilogue
 from tests.test_numerics import check
 from tests.together import together
-from tritonbn import launch, planning
+from tritonbn import functional, handles, launch, planning, signature
 from tritonbn.activations import resolve
-from tritonbn.choice import Choice
+from tritonbn.choice import Choice, Operation, Plan, build
 from tritonbn.device import Device
 from tritonbn.plan import forced, make_plan
 
@@ -131,3 +131,45 @@ def test_clusters_need_a_triton_that_reduces_across_them() -> None:
         make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=False))
     with forced("cluster"):
         assert make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=True)).ctas > 1
+
+
+def test_beside_other_processes_no_plan_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was found before the process group was: a cooperative grid would wait for its collectives."""
+    x = torch.randn(64, 32, requires_grad=True)
+    waiting = CHOICES["cooperative"]
+    found = functional._signature((x, None, None, None, None, None), True, 0.1, 1e-5)
+    calls = []
+
+    def plan(operation: Operation, tensor: Tensor, costly: bool = False) -> Plan:
+        calls.append(operation)
+        problem = planning.problem_of(operation, tensor, costly)
+        choice = waiting if planning.alone() else Choice("split", 4, 64, 1)
+        return build(problem, choice)
+
+    monkeypatch.setattr(signature, "plan_for", plan)
+    assert [found.plan("forward", x).path for _ in range(3)] == ["cooperative"] * 3
+    assert len(calls) == 1
+    monkeypatch.setattr(signature, "alone", lambda: False)
+    monkeypatch.setattr(planning, "alone", lambda: False)
+    assert found.plan("forward", x).path == "split"
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="pretends that programs do not fit")
+@pytest.mark.parametrize("name", ["cooperative", "stream"])
+def test_what_does_not_fit_at_a_time_falls_back(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers by a plan whose programs need no other, and no second attempt."""
+    start, attempts = launch._launch, []
+
+    def refuse(kernel: Any, grid: Any, plan: Plan, *args: Any, **constants: Any) -> None:
+        if plan.cooperative:
+            attempts.append(kernel.__name__)
+            raise handles.TooManyPrograms("too many")
+        start(kernel, grid, plan, *args, **constants)
+
+    monkeypatch.setattr(launch, "_launch", refuse)
+    monkeypatch.setattr(launch, "_instead", {})
+    with on(name, monkeypatch):
+        check_epilogue(Layout((37, 100)), resolve("relu"), True, torch.float32, device)
+    assert sorted(attempts) == ["cooperative_backward_kernel", "cooperative_forward_kernel"]

@@ -83,3 +83,16 @@ def test_graphs_and_streams_of_a_gpu() -> None:
     assert all(t is not eager[1] for t in (aside[1], captured[1]))
     assert captured[1].numel() == 3
     assert len(tickets._pool) == 2
+
+
+def test_captured_calls_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own, aligned as memory of its own would be; without any left they are zeroed at each replay."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(tickets, "_reserve", {device: (torch.zeros(16, dtype=torch.int32), 0)})
+    first, second, third = (tickets._reserved(device, counters) for counters in (5, 8, 1))
+    assert first is not None
+    assert second is not None
+    assert (first.numel(), first.storage_offset()) == (5, 0)
+    assert (second.numel(), second.storage_offset()) == (8, 8)
+    assert third is None
+    assert tickets._reserved(torch.device("meta"), 1) is None

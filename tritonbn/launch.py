@@ -26,6 +26,7 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 # The one place where a kernel starts.
 _launch = handles.start
+_instead: dict[Plan, Plan] = {}
 
 
 class Saved(NamedTuple):
@@ -67,7 +68,7 @@ def forward(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
-    plan = plan or plan_for("forward", x)
+    plan = running(plan or plan_for("forward", x))
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vectors(x, running_mean)
     operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
@@ -78,7 +79,7 @@ def forward(
             plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
         ):  # fmt: skip
             return y, bits, mean, rstd
-        plan = independent(problem_of("forward", x), device_of(x.device))
+        plan = _instead[plan] = independent(problem_of("forward", x), device_of(x.device))
     if plan.launches == 1:
         _launch(forward_kernel, (plan.groups,), plan, *operands, *_sizes(plan), eps, momentum, ACT=activation)
         return y, bits, mean, rstd
@@ -131,7 +132,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan or plan_for("backward", x, costs(activation, bits))
+    plan = running(plan or plan_for("backward", x, costs(activation, bits)))
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -144,7 +145,10 @@ def backward(
     ):  # fmt: skip
         return gradients
     if plan.cooperative or (plan.ctas > 1 and not both_passes):
-        plan = independent(problem_of("backward", x, activation.costly and bits is None), device_of(x.device))
+        other = independent(problem_of("backward", x, costs(activation, bits)), device_of(x.device))
+        if both_passes:
+            _instead[plan] = other
+        plan = other
     if plan.launches == 1 and both_passes:
         _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
         return gradients
@@ -179,6 +183,11 @@ def costs(activation: Activation, bits: Tensor | None) -> bool:
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What the kernels compute in, and the dtype of saved statistics: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def running(plan: Plan) -> Plan:
+    """The plan that runs instead of one whose programs were found not to fit the GPU at a time; else itself."""
+    return _instead.get(plan, plan) if plan.cooperative else plan
 
 
 def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:

@@ -23,7 +23,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
     """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it."""
-    tuned = not torch.are_deterministic_algorithms_enabled()
+    tuned = x.is_cuda and not torch.are_deterministic_algorithms_enabled()
     return make_plan(*problem_of(operation, x, costly)[:4], device_of(x.device), costly, tuned)
 
 
@@ -38,11 +38,16 @@ def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem
 
 def device_of(device: torch.device) -> Device:
     """What the plan knows of it. Beside collectives of other processes nothing waits until all of the GPU is free."""
-    return _described(device, not (torch.distributed.is_available() and torch.distributed.is_initialized()))
+    return _described(device, alone())
+
+
+def alone() -> bool:
+    """Whether this process communicates with no other."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 @lru_cache(maxsize=64)
-def _described(device: torch.device, alone: bool) -> Device:
+def _described(device: torch.device, is_alone: bool) -> Device:
     nvidia = not torch.version.hip
     clusters = nvidia and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
     if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
@@ -50,4 +55,6 @@ def _described(device: torch.device, alone: bool) -> Device:
     p = torch.cuda.get_device_properties(device)
     data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
     l2_bytes = getattr(p, "L2_cache_size", 0)
-    return described(p.name, p.multi_processor_count, l2_bytes, data_sheet, nvidia and alone, clusters and p.major >= 9)
+    return described(
+        p.name, p.multi_processor_count, l2_bytes, data_sheet, nvidia and is_alone, clusters and p.major >= 9
+    )

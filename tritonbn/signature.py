@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonbn.plan import Operation, Plan
-from tritonbn.planning import plan_for
+from tritonbn.planning import alone, plan_for
 from tritonbn.tables import epoch
 
 # Signatures that are kept; all are forgotten when there are too many, of shapes that never repeat.
@@ -30,7 +30,7 @@ class Signature(NamedTuple):
         """The plan for x, dense, which is this signature's own: its forward always launches the same kernels."""
         key = operation, costly, torch.are_deterministic_algorithms_enabled()
         now, kept = epoch(), self.plans.get(key)
-        if kept is None or kept[0] != now:
+        if kept is None or kept[0] != now or (kept[1].cooperative and not alone()):
             shared = plan_for(operation, x, costly)
             _, own = self.own.setdefault(id(shared), (shared, replace(shared, kept={})))  # shared is kept: so is its id
             kept = self.plans[key] = now, own
