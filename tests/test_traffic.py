@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.cases import Layout
+from tests.test_paths import CHOICES, on
 from tritonbn import launch, planning, tickets
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.autograd import keeps_bits
+from tritonbn.device import Device
 from tritonbn.launch import Saved
 from tritonbn.plan import forced, make_plan
-from tritonbn.traffic import Operands, bytes_moved
+from tritonbn.traffic import Operands, bytes_moved, floor_bytes
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts what Triton's interpreter does")
@@ -41,7 +43,7 @@ def counted(size: int) -> Iterator[list[int]]:
 
     def count(pointers: Any, mask: Any) -> None:
         width = pointers.get_element_ty().primitive_bitwidth // 8
-        addresses = pointers.data[mask.data]
+        addresses = pointers.data[mask.data.astype(bool)]
         total[0] += width * sum(int(((addresses >= low) & (addresses < high)).sum()) for low, high in ranges)
 
     def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -140,3 +142,44 @@ def test_a_slice_that_one_tile_holds_is_read_once(operation: Any, operands: Oper
     with forced("single"):
         plan = make_plan(operation, "planes", (4, 2048, 49), 2)
     assert bytes_moved(plan, operands) == per_element * 4 * 2048 * 49
+
+
+SMALL = ("rows", "rows-odd", "rows-folded", "7x7", "channels-last")  # programs that take turns are threads
+FEW_LAYOUTS = [param for param in LAYOUTS if param.id in SMALL]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("name", [name for name in CHOICES if name != "cluster"])
+@pytest.mark.parametrize("layout", FEW_LAYOUTS)
+def test_each_path_moves_the_bytes_of_its_class(
+    layout: Layout, name: str, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The floor where each program's tile holds its share; else what the reduction read is read once more."""
+    x, dy, z = (layout.arrange(torch.randn(layout.shape)).bfloat16() for _ in range(3))
+    weight, bias, mean, var = torch.rand(4, layout.shape[1])
+    relu, added = resolve("relu"), z if residual else None
+    with on(name, monkeypatch):
+        plan = planning.plan_for("forward", x)
+        with counted(x.numel()) as forward:
+            _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, relu, residual)
+        operands = Operands(True, residual, residual)
+        again = 0 if plan.tile.ONCE else x.nbytes
+        assert forward[0] == floor_bytes(plan, operands) + again == bytes_moved(plan, operands)
+
+        plan = planning.plan_for("backward", x)
+        with counted(x.numel()) as backward:
+            saved = Saved(x, weight, bias, None, bits, mean, var)
+            launch.backward(dy, saved, True, relu, torch.float32, (True, True, True, residual))
+        operands = Operands(True, False, residual, not residual, True, True, residual)
+        again = 0 if plan.tile.ONCE else 2 * x.nbytes  # dy, or dresidual in its place, and x
+        assert backward[0] == floor_bytes(plan, operands) + again == bytes_moved(plan, operands)
+    if CHOICES[name].path == "cooperative":
+        assert plan.tile.ONCE
+
+
+def test_a_cluster_moves_the_floor() -> None:
+    """Its program holds all of a channel group's slice."""
+    with forced("cluster"):
+        plan = make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=True))
+    assert plan.ctas > 1
+    assert bytes_moved(plan, Operands()) == floor_bytes(plan, Operands()) == 3 * 2 * 32 * 192 * 784

@@ -17,8 +17,8 @@ class Device:
 
 H200 = Device()
 
-# Bandwidth: a copy's share of the data sheet's figure is 0.9 where it is known (H100 and H200: 3.0 of 3.35 and 4.3 of
-# 4.8 TB/s), so 0.9 elsewhere; an estimate until `python -m bench ops` measures it. SMs and L2 from the data sheets.
+# SMs, L2 and bandwidth by the data sheets, of the bandwidth 0.9: an estimate of what a plain copy reaches, which
+# `python -m bench ops` measures.
 KNOWN = (
     Device("NVIDIA A100-SXM4-80GB", 108, 40 << 20, 1.8e12),
     Device("NVIDIA H100 80GB HBM3", 132, 50 << 20, 3.0e12),

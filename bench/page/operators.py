@@ -25,8 +25,8 @@ Figure = float | None
 TERMS = """\
 Percent of the floor: the time that the fewest possible bytes take at the bandwidth of a plain copy, measured in the
 same run, over the time measured; 100 is the speed of a copy. Speed-up: a peer's time over ours, both of the same run;
-above 1 we are faster. Means are weighted by how often a network has the layer and by its bytes; those of speed-ups are
-geometric. Times are medians, with quartiles in parentheses."""
+above 1 we are faster. Means are weighted by how often a network has the layer and by its bytes: those of percents are
+all floors over all times, those of speed-ups geometric. Times are medians, with quartiles in parentheses."""
 WHERE = ("shapes of", "layer", "dtype", "layout", "epilogue", "direction")
 
 

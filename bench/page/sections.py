@@ -82,7 +82,10 @@ def overhead(folder: Folder) -> str:
         if row["parts_us"]:
             parts.append((row["case"], *(f"{us:.1f}" for us in row["parts_us"].values())))
     names = next((list(row["parts_us"]) for row in content["rows"] if row["parts_us"]), [])
-    stubbed = " The driver is replaced by one that does nothing: about 3 us a launch are in no figure."
+    stubbed = (
+        " The driver is replaced by one that does nothing: about 3 us a launch are in no figure. torch is its own"
+        " function on the same CPU tensors, arithmetic included: for scale, not to compare with."
+    )
     return joined(
         "### What a call costs the CPU",
         "Microseconds per call: median (quartiles)." + stubbed * bool(content["stubbed"]),
