@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from tritonbn import launch
-from tritonbn.choice import Plan
 from tritonbn.layers import Layer, layer_of, layers_of
 from tritonbn.plan import fits
 from tritonbn.planning import plan_for
@@ -30,31 +29,35 @@ def explain(x_or_module: Tensor | nn.Module, *inputs: Any, **options: Any) -> st
     Raises ValueError for a tensor that batch norm does not take, and a module that calls none of ours.
     """
     if isinstance(x_or_module, Tensor):
-        return "\n".join(_lines(layer_of(x_or_module)))
+        layer = layer_of(x_or_module)
+        return "\n".join([*_remarks([layer]), *_plans(layer)])
     if not isinstance(x_or_module, nn.Module):
         raise TypeError(f"expected a Tensor or a Module, but got {type(x_or_module).__name__}")
-    lines = []
-    for name, layers in layers_of(x_or_module, inputs, options).items():
+    called = layers_of(x_or_module, inputs, options)
+    lines = _remarks([layer for layers in called.values() for layer in layers])
+    for name, layers in called.items():
         lines.append(f"{name or type(x_or_module).__name__}:")
-        lines += [f"  {line}" for layer in layers for line in _lines(layer)]
+        lines += [f"  {plan}" for layer in layers for plan in _plans(layer)]
     return "\n".join(lines)
 
 
-def plans(layer: Layer, device: torch.device) -> list[Plan]:
-    """The plans of forward and backward on a device; "meta" is an NVIDIA H200."""
-    x = layer.empty(META)
-    return [plan_for("forward", x, device=device), plan_for("backward", x, device=device)]
+def _remarks(layers: list[Layer]) -> list[str]:
+    """What is to be said of devices on which the plans do not run as they are told."""
+    remarks = []
+    for kind in dict.fromkeys(layer.device.type for layer in layers if layer.device is not None):
+        if kind == "cpu" and launch.INTERPRETED:
+            remarks.append("In Triton's interpreter, on the CPU; device and times are an NVIDIA H200's:")
+        elif kind not in ("cuda", "meta"):
+            remarks.append(f"On the device {kind} torch computes batch norm; on an NVIDIA H200 these plans would run:")
+    return remarks
 
 
-def _lines(layer: Layer) -> list[str]:
+def _plans(layer: Layer) -> list[str]:
+    """Of forward and backward."""
     layer.check()
     N, C = layer.shape[:2]
     if not fits(N, C, prod(layer.shape[2:])):
         return [f"{list(layer.shape)}: torch computes it, 32-bit indices do not reach all of it"]
-    device, remark = layer.device or META, []
-    if device.type == "cpu" and launch.INTERPRETED:
-        remark = ["In Triton's interpreter, on the CPU; device and times are an NVIDIA H200's:"]
-    elif device.type not in ("cuda", "meta"):
-        remark = [f"torch computes it on the device {device.type}; on an NVIDIA H200 these would run:"]
-        device = META
-    return [*remark, *map(str, plans(layer, device))]
+    runs = layer.device is not None and (layer.device.type == "cuda" or launch.INTERPRETED)
+    device, x = layer.device if runs else META, layer.empty(META)
+    return [str(plan_for("forward", x, device=device)), str(plan_for("backward", x, device=device))]

@@ -1,7 +1,7 @@
 """Plans by measurement, on request: what the model of `model.py` can only estimate.
 
-Tunes the layers that a model really has, on a GPU that is otherwise idle, and keeps what it found in the user's table.
-Nothing here runs by itself: where no measurement is at hand, training goes on with the plan of the model.
+Tunes the layers that a model has, on a GPU that is otherwise idle, and keeps what it found in the user's table. Nothing
+here runs by itself: where no measurement is at hand, training goes on with the plan of the model.
 """
 
 import sys
@@ -193,8 +193,7 @@ def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | 
     compare([*dict.fromkeys(by_time)][:MOST])
     compare(model.neighbours(min(times, key=times.__getitem__), problem, device))
     after = min(times, key=times.__getitem__)
-    if before_us < MARGIN * times[after]:
-        after = before
+    after = before if before_us < MARGIN * times[after] else after
     dropped = sum(us == inf for us in times.values())
     return Tuned(problem, before, after, before_us, times[after], len(times) - dropped, dropped)
 
