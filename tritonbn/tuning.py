@@ -49,8 +49,8 @@ class Tuned(NamedTuple):
     dropped: int  # plans that spill or do not fit the GPU
 
     def __str__(self) -> str:
-        p = self.problem
-        kept = "kept" if self.after == self.before else f"{self.after.path}, was {self.before.path}"
+        p, old, new = self.problem, self.before.path, self.after.path
+        kept = "kept" if self.after == self.before else f"another {new}" if new == old else f"{new}, was {old}"
         return (
             f"{p.operation} {p.layout} {list(p.shape)} x {p.itemsize} bytes: {self.before_us:.1f} -> "
             f"{self.after_us:.1f} us ({kept}; {self.tried} timed, {self.dropped} dropped)"
@@ -72,7 +72,7 @@ def tune(
 
     Args:
         model_or_shapes: a model with tritonbn modules, which then runs once on `inputs` (in evaluation, without
-            gradients: nothing in it changes) to learn its layers; or shapes [N, C, ...].
+            gradients: nothing in it changes) for its layers; under autocast if it is trained so. Or shapes [N, C, ...].
         inputs: of the model, on the GPU.
         dtype, memory_format: of the layers whose shapes are given; a model's own are its layers'.
         device: the GPU, by default that of the model's layers, or the current one.
@@ -88,7 +88,7 @@ def tune(
     Raises RuntimeError without a GPU or under CUDA graph capture, ValueError for a model without tritonbn modules and
     for shapes and dtypes that the kernels do not take. Tensors of the model are not touched: random ones are timed.
     """
-    _check_gpu()
+    _gpu(device)  # before the model runs
     if isinstance(model_or_shapes, nn.Module):
         layers = [layer for called in layers_of(model_or_shapes, inputs, {}).values() for layer in called]
     else:
@@ -110,23 +110,21 @@ def tune_layers(
     progress: Progress | None,
 ) -> list[Tuned]:
     """`tune` for layers, with the folder that the table is in, or None."""
-    _check_gpu()
-    where = torch.device("cuda" if device is None else device)
-    if where.type != "cuda":
-        raise ValueError(f"tune measures on a GPU, but got the device {where}")
-    if str(where) == "cuda":
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = _gpu(device)
     gpu = planning.device_of(where)
-    work = problems(layers, gpu, again)
     with torch.cuda.device(where), timing.measuring(where):
-        return tune_problems(work, gpu, _timer(where), folder, budget, progress)
+        return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress)
 
 
-def _check_gpu() -> None:
+def _gpu(device: torch.device | str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise RuntimeError("tune measures on a GPU, but torch.cuda.is_available() is False")
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune cannot run while a CUDA graph is captured")
+    where = torch.device("cuda" if device is None else device)
+    if where.type != "cuda":
+        raise ValueError(f"tune measures on a GPU, but got the device {where}")
+    return torch.device("cuda", torch.cuda.current_device()) if str(where) == "cuda" else where
 
 
 def problems(layers: Iterable[Layer], device: Device, again: bool) -> dict[Problem, Layer]:
