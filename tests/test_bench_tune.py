@@ -48,7 +48,7 @@ def test_without_a_gpu_the_plans_are_shown() -> None:
         [sys.executable, "-m", "bench", "tune", "--shape", "60,100", "--dtype", "fp32"], capture_output=True,
         text=True, check=False, cwd=ROOT, env=dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr[-3000:]
     first, empty, *table = done.stdout.splitlines()
     assert first == (
         "no GPU: nothing can be timed here. Plans for an H200 with the times that the model predicts, in us:"
@@ -81,7 +81,7 @@ def test_what_is_shown_is_what_was_asked_for(no_gpu: None, out: Out) -> None:
     ]  # fmt: skip
     assert main(["tune"]) == 0
     found = rows(out())
-    assert len(found) == 46
+    assert len(found) == 48, "12 shapes, two layouts, two operations"
     assert found[0][:3] == ["backward", "planes", "256x64x12544"]
 
 
