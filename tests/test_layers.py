@@ -132,6 +132,13 @@ def test_a_shared_module_has_one_name() -> None:
     assert layers_of(norm, (), {"input": torch.randn(5, 4)}) == {"": [layer(5, 4)]}
 
 
+def test_it_runs_in_evaluation_and_without_gradients() -> None:
+    model, found = tritonbn.BatchNorm1d(4), []
+    model.register_forward_hook(lambda module, given, y: found.append((module.training, y.requires_grad)))
+    layers_of(model, (torch.randn(3, 4, requires_grad=True),), {})
+    assert found == [(False, False)]
+
+
 def test_what_eval_of_a_module_does_beside_is_not_done() -> None:
     class Merging(nn.Linear):
         merged = False
