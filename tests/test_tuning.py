@@ -124,6 +124,13 @@ def test_two_rounds_and_no_plan_twice(problem: Problem) -> None:
     assert found.after == winner
 
 
+def test_each_path_has_its_turn_whatever_the_model_thinks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "MOST", 0)
+    found = tune_problem(LAYER, H200, Times(lambda plan: 10.0 if plan.path == "single" else 20.0))
+    assert found is not None
+    assert found.after == model.best(LAYER, H200, "single")
+
+
 def test_the_second_round_may_win() -> None:
     winner = next(iter(model.neighbours(model.best(LAYER, H200, "split"), LAYER, H200)))
     us = {"split": 50.0, "stream": 60.0, "single": 70.0}
