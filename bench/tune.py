@@ -1,6 +1,7 @@
 """Plans by measurement for the layers of a network: `tritonbn.tune` from the command line."""
 
 import argparse
+from math import inf
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", action="append", choices=[*DTYPES], help="repeatable (default: bf16)")
     add("--layout", action="append", choices=LAYOUTS, help="repeatable (default: all that a shape has)")
     add("--again", action="store_true", help="also what the tables know already")
-    add("--budget", type=float, metavar="SECONDS", help="begin no problem after so long; the heaviest come first")
+    add("--budget", type=seconds, metavar="SECONDS", help="begin no problem after so long; the heaviest come first")
     add("--out", type=Path, metavar="DIR", help="for the table (default: the user's cache folder)")
     add("--device", help="cuda or cuda:N (default: cuda; without one, the plans that would be timed)")
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tune, write the table and print what was found."""
     chosen = list(dict.fromkeys(layers(args)))
+    if not chosen:
+        raise BenchError(f"--layout {' '.join(args.layout)}: no shape that was asked for has it")
     if args.device is None and not torch.cuda.is_available():
         return without_gpu(chosen)
     device = pick_device(args.device)
@@ -54,8 +57,23 @@ def run(args: argparse.Namespace) -> int:
         console.print(str(result), soft_wrap=True)
     faster = sum(result.after != result.before for result in found)
     console.print(f"{len(found)} problems measured, {faster} plans replaced", soft_wrap=True)
-    console.print(f"Written: {tables.path(folder, planning.device_of(device))}", soft_wrap=True)
+    file = tables.path(folder, planning.device_of(device))
+    if found:
+        console.print(f"{'Written' if file.exists() else 'Not written'}: {file}", soft_wrap=True)
+    elif args.budget is None:
+        console.print("Nothing was left to measure: --again measures what the tables know", soft_wrap=True)
     return 0
+
+
+def seconds(text: str) -> float:
+    """For argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
+    return value
 
 
 def layers(args: argparse.Namespace) -> list[Layer]:
@@ -73,13 +91,14 @@ def layers(args: argparse.Namespace) -> list[Layer]:
 def without_gpu(chosen: list[Layer]) -> int:
     """The plan of each path and its prediction: what tuning would begin with."""
     console.print(
-        "no GPU: nothing can be timed here. Plans for an H200 with the times that the model predicts, in us:\n"
+        "no GPU: nothing can be timed here. Plans for an H200 with the times that the model predicts, in us:\n",
+        soft_wrap=True,
     )
     lines = [["operation", "layout", "shape", "predicted", "first", "others"]]
     for problem in tuning.problems(chosen, H200, again=True):
         times: dict[str, float] = {}
         for plan in model.plans_for(problem, H200):
-            times[plan.path] = min(times.get(plan.path, 1.0), model.seconds(plan, problem, H200))
+            times[plan.path] = min(times.get(plan.path, inf), model.seconds(plan, problem, H200))
         first = model.best(problem, H200).path
         others = ", ".join(f"{path} {1e6 * time:.1f}" for path, time in times.items() if path != first)
         sizes = "x".join(map(str, problem.shape))

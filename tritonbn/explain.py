@@ -1,13 +1,17 @@
 """What runs for a tensor or a model, and why, in words."""
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tritonbn.choice import Plan
-from tritonbn.layers import layers_of
+from tritonbn import launch
+from tritonbn.layers import Layer, layer_of, layers_of
+from tritonbn.plan import fits
 from tritonbn.planning import plan_for
+
+META = torch.device("meta")
 
 
 def explain(x_or_module: Tensor | nn.Module, *inputs: Any, **options: Any) -> str:
@@ -19,24 +23,41 @@ def explain(x_or_module: Tensor | nn.Module, *inputs: Any, **options: Any) -> st
             plans are told. It then runs once on `inputs` and `options`, in evaluation, without gradients.
 
     Returns:
-        Lines of text. Bytes are those of full tensors for batch norm alone; times are predictions of a model.
+        Lines of text. Bytes are those of full tensors for batch norm alone; times are predictions of a model. Where
+        torch computes instead of our kernels, as on the CPU, the first line says so.
 
     Raises ValueError for a tensor that batch norm does not take, and a module that calls none of ours.
     """
     if isinstance(x_or_module, Tensor):
-        return "\n".join(map(str, plans(x_or_module)))
+        layer = layer_of(x_or_module)
+        return "\n".join([*_remarks([layer]), *_plans(layer)])
     if not isinstance(x_or_module, nn.Module):
         raise TypeError(f"expected a Tensor or a Module, but got {type(x_or_module).__name__}")
-    lines = []
-    device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("meta"))
-    for name, layer in layers_of(x_or_module, inputs, options).items():
-        x = layer.empty("meta") if device.type == "meta" else layer.empty(device)
-        lines += [f"{name or type(x_or_module).__name__}:", *(f"  {plan}" for plan in plans(x))]
+    called = layers_of(x_or_module, inputs, options)
+    lines = _remarks([layer for layers in called.values() for layer in layers])
+    for name, layers in called.items():
+        lines.append(f"{name or type(x_or_module).__name__}:")
+        lines += [f"  {plan}" for layer in layers for plan in _plans(layer)]
     return "\n".join(lines)
 
 
-def plans(x: Tensor) -> list[Plan]:
-    """The plans of forward and backward."""
-    if x.dim() < 2 or x.numel() == 0 or not x.is_floating_point():
-        raise ValueError(f"expected a floating-point tensor [N, C, ...], but got {list(x.shape)} of {x.dtype}")
-    return [plan_for("forward", x), plan_for("backward", x)]
+def _remarks(layers: list[Layer]) -> list[str]:
+    """What is to be said of devices on which the plans do not run as they are told."""
+    remarks = []
+    for kind in dict.fromkeys(layer.device.type for layer in layers if layer.device is not None):
+        if kind == "cpu" and launch.INTERPRETED:
+            remarks.append("In Triton's interpreter, on the CPU; device and times are an NVIDIA H200's:")
+        elif kind not in ("cuda", "meta"):
+            remarks.append(f"On the device {kind} torch computes batch norm; on an NVIDIA H200 these plans would run:")
+    return remarks
+
+
+def _plans(layer: Layer) -> list[str]:
+    """Of forward and backward."""
+    layer.check()
+    N, C = layer.shape[:2]
+    if not fits(N, C, prod(layer.shape[2:])):
+        return [f"{list(layer.shape)}: torch computes it, 32-bit indices do not reach all of it"]
+    runs = layer.device is not None and (layer.device.type == "cuda" or launch.INTERPRETED)
+    device, x = layer.device if runs else META, layer.empty(META)
+    return [str(plan_for("forward", x, device=device)), str(plan_for("backward", x, device=device))]

@@ -37,6 +37,11 @@ APPLY_TILES = 4
 CLUSTERS = (2, 4, 8)
 # A cooperative grid starts when all of the GPU is free for it: it must promise more than the estimate may be wrong by.
 DOUBT = 1.1
+# Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
+# measured: an A100 has 163 KiB, and reductions need some as well.
+LARGEST_STAGES = 144 << 10
+# What `neighbours` change beside the tile; a cooperative program has one tile, so that its splits follow.
+TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "stream": ("splits", "slots")}
 
 
 @lru_cache(maxsize=4096)
@@ -139,22 +144,45 @@ def programs_at_once(num_warps: int, device: Device) -> int:
     return device.sms * max(1, WARPS_PER_SM // num_warps)
 
 
+def check(plan: Plan, device: Device) -> Plan:
+    """The plan, if the device can run it; else ValueError."""
+    most = programs_at_once(plan.num_warps, device)
+    tile, operands = plan.tile, 3 if plan.operation == "backward" else 2
+    staged = tile.STAGES * operands * tile.BLOCK_R * tile.BLOCK_L * plan.itemsize
+    if plan.operation == "inference" and plan.path != "split":
+        raise ValueError(f"inference is the elementwise pass of path split, but got {plan.path}")
+    if tile.STAGES > 1 and not tile.ONCE and staged > LARGEST_STAGES:
+        raise ValueError(f"{tile.STAGES} stages take {staged} bytes of shared memory, more than {LARGEST_STAGES}")
+    if plan.cooperative and not device.cooperative:
+        raise ValueError(f"path {plan.path} waits for other programs, but {device.name} runs them one after another")
+    if plan.cooperative and plan.grid[0] * plan.grid[1] > most:
+        raise ValueError(
+            f"path {plan.path} needs all of {plan.grid[0]} x {plan.grid[1]} programs at a time, "
+            f"but {device.name} has room for {most}"
+        )
+    if plan.ctas > 1 and not device.clusters:
+        raise ValueError(f"programs of {plan.ctas} CTAs need a GPU and a Triton that reduce across them")
+    return plan
+
+
 def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
-    """Plans that differ in one thing: rows, lanes, warps, splits, tiles of the second pass, stages."""
+    """Plans that the device can run and that differ in one thing of those that matter to the path."""
     choice = plan.choice
-    changes: list[Choice] = []
-    for name in ("block_r", "block_l", "num_warps", "splits", "apply_tiles", "slots"):
-        value = getattr(choice, name)
-        changes += [choice._replace(**{name: changed}) for changed in (2 * value, value // 2) if changed]
-    changes += [choice._replace(stages=stages) for stages in (1, 2, 3) if stages != choice.stages]
-    found = set()
-    for changed in changes:
+    names = ["block_r", "block_l", "num_warps", *TUNABLE.get(plan.path, ())]
+    values = ((name, getattr(choice, name)) for name in names)
+    changes = [(name, changed) for name, value in values for changed in (2 * value, value // 2) if changed]
+    if not plan.tile.ONCE:  # there is a loop
+        changes += [("stages", stages) for stages in (1, 2, 3) if stages != choice.stages]
+    found: dict[Plan, None] = {}
+    for name, value in changes:
+        changed = choice._replace(**{name: value})
         try:
             changed.check()
-            found.add(build(problem, changed))
+            found[check(build(problem, changed), device)] = None
         except ValueError:
             continue
-    yield from sorted(found - {plan}, key=lambda near: seconds(near, problem, device))
+    found.pop(plan, None)
+    yield from sorted(found, key=lambda near: seconds(near, problem, device))
 
 
 def seconds(plan: Plan, problem: Problem, device: Device) -> float:

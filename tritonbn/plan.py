@@ -12,10 +12,6 @@ from tritonbn.choice import GRID_LIMIT, Choice, Estimate, Layout, Operation, Pat
 from tritonbn.device import H200, Device
 from tritonbn.traffic import Operands, bytes_moved, floor_bytes
 
-# Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
-# measured: an A100 has 163 KiB, and reductions need some as well.
-LARGEST_STAGES = 144 << 10
-
 __all__ = ["Device", "Layout", "Operation", "Path", "Plan", "fits", "forced", "make_plan"]
 
 
@@ -82,27 +78,6 @@ def independent(problem: Problem, device: Device) -> Plan:
     return model.best(problem, replace(device, cooperative=False, clusters=False))
 
 
-def check(plan: Plan, device: Device) -> Plan:
-    """The plan, if the device can run it; else ValueError."""
-    most = model.programs_at_once(plan.num_warps, device)
-    tile, operands = plan.tile, 3 if plan.operation == "backward" else 2
-    staged = tile.STAGES * operands * tile.BLOCK_R * tile.BLOCK_L * plan.itemsize
-    if plan.operation == "inference" and plan.path != "split":
-        raise ValueError(f"inference is the elementwise pass of path split, but got {plan.path}")
-    if tile.STAGES > 1 and not tile.ONCE and staged > LARGEST_STAGES:
-        raise ValueError(f"{tile.STAGES} stages take {staged} bytes of shared memory, more than {LARGEST_STAGES}")
-    if plan.cooperative and not device.cooperative:
-        raise ValueError(f"path {plan.path} waits for other programs, but {device.name} runs them one after another")
-    if plan.cooperative and plan.grid[0] * plan.grid[1] > most:
-        raise ValueError(
-            f"path {plan.path} needs all of {plan.grid[0]} x {plan.grid[1]} programs at a time, "
-            f"but {device.name} has room for {most}"
-        )
-    if plan.ctas > 1 and not device.clusters:
-        raise ValueError(f"programs of {plan.ctas} CTAs need a GPU and a Triton that reduce across them")
-    return plan
-
-
 @lru_cache(maxsize=4096)
 def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, written: int) -> Plan:
     plan, source = _chosen(problem, device, force, tuned)
@@ -115,12 +90,12 @@ def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tu
     if problem.operation == "inference":
         force = _Forced()
     if force.choice is not None:
-        return check(build(problem, force.choice), device), "a forced choice"
+        return model.check(build(problem, force.choice), device), "a forced choice"
     if force != _Forced():
         return model.best(problem, device, force.path, force.splits), "the model, path or splits forced"
     if tuned and (found := tables.find(problem, device)) is not None:
         try:
-            return check(build(problem, found[0]), device), found[1]
+            return model.check(build(problem, found[0]), device), found[1]
         except ValueError:  # measured for a size near this one, which this one exceeds
             pass
     return model.best(problem, device), "the model"

@@ -21,10 +21,14 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
-def plan_for(operation: Operation, x: Tensor, costly: bool = False) -> Plan:
-    """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it."""
-    tuned = x.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    return make_plan(*problem_of(operation, x, costly)[:4], device_of(x.device), costly, tuned)
+def plan_for(operation: Operation, x: Tensor, costly: bool = False, device: torch.device | None = None) -> Plan:
+    """The plan of `operation` for dense x, see `make_plan`; in deterministic mode nothing measured decides it.
+
+    device: if it is not to be that of x.
+    """
+    where = device or x.device
+    tuned = where.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    return make_plan(*problem_of(operation, x, costly)[:4], device_of(where), costly, tuned)
 
 
 def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:

@@ -1,33 +1,37 @@
 """Plans by measurement, on request: what the model of `model.py` can only estimate.
 
-Tunes the layers that a model really has, on a GPU that is otherwise idle, and keeps what it found in the user's table.
-Nothing here runs by itself: where no measurement is at hand, training goes on with the plan of the model.
+Tunes the layers that a model has, on a GPU that is otherwise idle, and keeps what it found in the user's table. Nothing
+here runs by itself: where no measurement is at hand, training goes on with the plan of the model.
 """
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from triton.errors import TritonError
 
 from tritonbn import handles, launch, model, planning, tables, timing
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device
 from tritonbn.layers import Layer, layers_of
-from tritonbn.plan import forced, make_plan
+from tritonbn.plan import make_plan
 from tritonbn.tables import Entry
 
 # A challenger must be faster by so much than what there is: less is noise.
 MARGIN = 1.03
-# Of each round, those that the model expects most of.
+# Of the first round, beside the best of each path, those that the model expects most of.
 MOST = 8
 SAMPLES = 10
-# No kernel takes less.
-LEAST_SECONDS = 2e-6
+LEAST_SECONDS = 2e-6  # of any kernel
+
+OPERATIONS: tuple[Operation, ...] = ("forward", "backward")
 
 Measure = Callable[[Plan], float | None]
 Progress = Callable[[int, int, str], None]
@@ -45,8 +49,8 @@ class Tuned(NamedTuple):
     dropped: int  # plans that spill or do not fit the GPU
 
     def __str__(self) -> str:
-        p = self.problem
-        kept = "kept" if self.after == self.before else f"{self.after.path}, was {self.before.path}"
+        p, old, new = self.problem, self.before.path, self.after.path
+        kept = "kept" if self.after == self.before else f"another {new}" if new == old else f"{new}, was {old}"
         return (
             f"{p.operation} {p.layout} {list(p.shape)} x {p.itemsize} bytes: {self.before_us:.1f} -> "
             f"{self.after_us:.1f} us ({kept}; {self.tried} timed, {self.dropped} dropped)"
@@ -68,10 +72,10 @@ def tune(
 
     Args:
         model_or_shapes: a model with tritonbn modules, which then runs once on `inputs` (in evaluation, without
-            gradients: nothing in it changes) to learn its layers; or shapes [N, C, ...].
+            gradients: nothing in it changes) for its layers; under autocast if it is trained so. Or shapes [N, C, ...].
         inputs: of the model, on the GPU.
         dtype, memory_format: of the layers whose shapes are given; a model's own are its layers'.
-        device: the GPU, by default that of the inputs, or the current one.
+        device: the GPU, by default that of the model's layers, or the current one.
         again: tune what the tables already know too.
         save: write the user's table; else what was found holds for this process.
         budget: seconds after which no further problem is begun; the heaviest layers come first.
@@ -81,15 +85,16 @@ def tune(
         What was found for each problem that was measured. A plan is replaced only by one that is faster by 3%; those
         that spill registers are not tried. Plans hold for near sizes too: another batch size need not be tuned.
 
-    Raises RuntimeError without a GPU or under CUDA graph capture, ValueError for a model without tritonbn modules.
-    Running statistics, parameters and inputs of the model are not touched: random tensors take their place.
+    Raises RuntimeError without a GPU or under CUDA graph capture, ValueError for a model without tritonbn modules and
+    for shapes and dtypes that the kernels do not take. Tensors of the model are not touched: random ones are timed.
     """
+    _gpu(device)  # before the model runs
     if isinstance(model_or_shapes, nn.Module):
-        layers: Iterable[Layer] = layers_of(model_or_shapes, inputs, {}).values()
-        if device is None:
-            device = next((t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda), None)
+        layers = [layer for called in layers_of(model_or_shapes, inputs, {}).values() for layer in called]
     else:
         layers = [Layer(tuple(shape), dtype, memory_format) for shape in model_or_shapes]
+    if device is None:
+        device = next((layer.device for layer in layers if layer.device and layer.device.type == "cuda"), None)
     folder = tables.user_folder() if save else None
     shown = _line if progress is True else progress or None
     return tune_layers(layers, device, again=again, folder=folder, budget=budget, progress=shown)
@@ -105,25 +110,28 @@ def tune_layers(
     progress: Progress | None,
 ) -> list[Tuned]:
     """`tune` for layers, with the folder that the table is in, or None."""
+    where = _gpu(device)
+    gpu = planning.device_of(where)
+    with torch.cuda.device(where), timing.measuring(where):
+        return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress)
+
+
+def _gpu(device: torch.device | str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise RuntimeError("tune measures on a GPU, but torch.cuda.is_available() is False")
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune cannot run while a CUDA graph is captured")
     where = torch.device("cuda" if device is None else device)
-    if str(where) == "cuda":
-        where = torch.device("cuda", torch.cuda.current_device())
-    with torch.cuda.device(where), timing.measuring(where):
-        gpu = planning.device_of(where)
-        return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress)
-
-
-OPERATIONS: tuple[Operation, ...] = ("forward", "backward")
+    if where.type != "cuda":
+        raise ValueError(f"tune measures on a GPU, but got the device {where}")
+    return torch.device("cuda", torch.cuda.current_device()) if str(where) == "cuda" else where
 
 
 def problems(layers: Iterable[Layer], device: Device, again: bool) -> dict[Problem, Layer]:
     """What there is to tune, the heaviest first; near sizes are tuned once."""
     found: dict[str, tuple[Problem, Layer]] = {}
     for layer in layers:
+        layer.check()
         x = layer.empty("meta")
         for operation in OPERATIONS:
             problem = planning.problem_of(operation, x)
@@ -141,13 +149,18 @@ def tune_problems(
     progress: Progress | None,
 ) -> list[Tuned]:
     """Tune each of them; what was found is kept at once, so that an interruption loses one problem."""
-    begun, results = time.monotonic(), []
-    for done, (problem, layer) in enumerate(work.items()):
-        if budget is not None and time.monotonic() - begun > budget:
+    begun, results, done = time.monotonic(), [], 0
+    for problem, layer in work.items():
+        if budget is not None and time.monotonic() - begun >= budget:
             break
         if progress is not None:
             progress(done, len(work), f"{problem.operation} {list(layer.shape)}")
-        result = tune_problem(problem, device, timer(problem, layer))
+        done += 1
+        try:
+            result = tune_problem(problem, device, timer(problem, layer))
+        except torch.OutOfMemoryError:
+            warnings.warn(f"{problem.operation} {list(layer.shape)} is not tuned: out of memory", stacklevel=2)
+            continue
         if result is None:
             continue
         results.append(result)
@@ -156,76 +169,80 @@ def tune_problems(
         if folder is not None and tables.save(device, entries, folder) is None:
             folder = None  # a warning said why
     if progress is not None:
-        progress(len(results), len(work), "tuned")
+        progress(done, len(work), f"{len(results)} problems tuned")
     return results
 
 
 def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | None:
     """The best plan of each path, then what is near the fastest of them; None if the present plan cannot be timed."""
     before = make_plan(*problem[:4], device, problem.costly)
-    times: dict[Plan, float | None] = {before: measure(before)}
-    before_us = times[before]
+    before_us = measure(before)
     if before_us is None:
         return None
+    times = {before: before_us}  # infinite for those that cannot be timed
 
-    def fastest() -> Plan:
-        return min((plan for plan, us in times.items() if us is not None), key=lambda plan: times[plan] or 0.0)
+    def compare(plans: Iterable[Plan]) -> None:
+        for plan in plans:
+            if plan not in times:
+                times[plan] = measure(plan) or inf
 
     by_time = sorted(model.plans_for(problem, device), key=lambda plan: model.seconds(plan, problem, device))
-    first_of_each_path = {plan.path: plan for plan in reversed(by_time)}.values()
-    for plan in (*first_of_each_path, *by_time[:MOST]):
-        if plan not in times:
-            times[plan] = measure(plan)
-    for plan in model.neighbours(fastest(), problem, device):
-        if plan not in times:
-            times[plan] = measure(plan)
-    after = fastest()
-    if before_us < MARGIN * (times[after] or 0.0):
-        after = before
-    timed = sum(us is not None for us in times.values())
-    return Tuned(problem, before, after, before_us, times[after] or before_us, timed, len(times) - timed)
+    compare({plan.path: plan for plan in reversed(by_time)}.values())
+    compare([*dict.fromkeys(by_time)][:MOST])
+    compare(model.neighbours(min(times, key=times.__getitem__), problem, device))
+    after = min(times, key=times.__getitem__)
+    after = before if before_us < MARGIN * times[after] else after
+    dropped = sum(us == inf for us in times.values())
+    return Tuned(problem, before, after, before_us, times[after], len(times) - dropped, dropped)
 
 
 def _timer(device: torch.device) -> Callable[[Problem, Layer], Measure]:
     """Times plans cold, in CUDA graphs, on random tensors; None for those that spill or cannot run."""
+    gpu = planning.device_of(device)
 
     def prepare(problem: Problem, layer: Layer) -> Measure:
-        slots = timing.slots_for(problem.data, torch.cuda.get_device_properties(device).L2_cache_size)
+        slots = timing.slots_for(problem.data, gpu.l2_bytes)
         call = _call(problem, layer, slots, device)
-        gpu = planning.device_of(device)
         least = max(LEAST_SECONDS, problem.operands * problem.data / gpu.bandwidth)
 
         def measure(plan: Plan) -> float | None:
-            with forced(choice=plan.choice):
-                call(0)  # compiles
-                if handles.spills(make_plan(*problem[:4], gpu, problem.costly)) != 0:
-                    return None  # or its programs do not fit the GPU at a time, and others were launched
-                return timing.measure(call, slots, device, least, SAMPLES).us
+            try:
+                call(plan, 0)  # compiles
+            except TritonError:  # too much shared memory, say
+                return None
+            spills = handles.spills(plan)
+            # Of launches that are Triton's own, as in the interpreter, spills are not known. But a plan whose programs
+            # wait for each other has not run where it is not known: they do not fit the GPU at a time, others ran.
+            if spills or (spills is None and plan.cooperative):
+                return None
+            return timing.measure(lambda slot: call(plan, slot), slots, device, least, SAMPLES).us
 
         return measure
 
     return prepare
 
 
-def _call(problem: Problem, layer: Layer, slots: int, device: torch.device) -> timing.Call:
-    """The operation on the tensors of a slot."""
+def _call(problem: Problem, layer: Layer, slots: int, device: torch.device) -> Callable[[Plan, int], object]:
+    """The operation by a plan on the tensors of a slot."""
     C = layer.shape[1]
-    xs, dys = ([layer.empty(device).normal_() for _ in range(slots)] for _ in range(2))
-    kind = torch.float64 if layer.dtype == torch.float64 else torch.float32
+    generator = torch.Generator(device).manual_seed(0)  # not the one whose state belongs to the user
+    backwards = problem.operation == "backward"
+    xs = [layer.empty(device).normal_(generator=generator) for _ in range(slots)]
+    dys = [layer.empty(device).normal_(generator=generator) for _ in range(slots if backwards else 0)]
+    kind = launch.arithmetic_dtype(xs[0])
     weight, bias, mean, var = (torch.ones(C, dtype=kind, device=device) for _ in range(4))
     activation = resolve("silu") if problem.costly else IDENTITY
 
-    def forward(slot: int) -> object:
-        return launch.forward(xs[slot], None, weight, bias, mean, var, 0.1, 1e-5)
+    def forward(plan: Plan, slot: int) -> object:
+        return launch.forward(xs[slot], None, weight, bias, mean, var, 0.1, 1e-5, plan=plan)
 
-    def backward(slot: int) -> object:
+    def backward(plan: Plan, slot: int) -> object:
         saved = launch.Saved(xs[slot], weight, bias, None, None, mean, var)
-        return launch.backward(dys[slot], saved, True, activation, kind, (True, True, True, False))
+        wanted = (True, True, True, False)
+        return launch.backward(dys[slot], saved, True, activation, kind, wanted, plan=plan)
 
-    return forward if problem.operation == "forward" else backward
+    return backward if backwards else forward
 
 
-def _line(done: int, all: int, text: str) -> None:
-    """A line that replaces itself on a terminal."""
-    end = "\r" if sys.stderr.isatty() and done < all else "\n"
-    print(f"tritonbn.tune {done}/{all} {text:<60}", end=end, file=sys.stderr, flush=True)
+def _line(done: int, total: int, text: str) -> None:
+    print(f"tritonbn.tune {done}/{total} {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,202 @@
+"""The model behind the plans: candidates by value, and times that no plan can beat."""
+
+from dataclasses import replace
+from math import isfinite
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.sound import assert_sound
+from tritonbn import model
+from tritonbn.choice import LARGEST_TILE, Choice, Path, Plan, Problem, build
+from tritonbn.device import H200, KNOWN, Device
+from tritonbn.model import best, neighbours, plans_for, seconds
+from tritonbn.plan import forced, make_plan
+from tritonbn.traffic import Operands, floor_bytes
+
+DEVICES = {device.name: device for device in KNOWN}
+MI300X, B200 = DEVICES["AMD Instinct MI300X"], DEVICES["NVIDIA B200"]
+ALONE = replace(H200, cooperative=False)
+ONE_SM = replace(H200, sms=1)
+CLUSTERED = replace(H200, clusters=True)
+
+RESNET_56 = Problem("forward", "planes", (256, 64, 3136), 2)  # 1,605,632 bytes per channel
+RESNET_56_BACKWARD = RESNET_56._replace(operation="backward")
+SMALL_PLANES = Problem("forward", "planes", (32, 2048, 49), 2)
+CONNECTED = Problem("forward", "rows", (60, 100, 1), 4)
+CHANNELS_LAST = Problem("forward", "rows", (256 * 112 * 112, 64, 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "path", "grid", "once"),
+    [
+        pytest.param(RESNET_56, H200, "stream", (16, 16), False, id="16-channels-of-25-MB-stay-in-L2"),
+        pytest.param(RESNET_56_BACKWARD, H200, "stream", (8, 30), False, id="dy-and-x-of-8-channels"),
+        pytest.param(RESNET_56, B200, "split", (64, 9), False, id="a-large-L2-holds-most-for-a-second-launch"),
+        pytest.param(RESNET_56, MI300X, "split", (64, 19), False, id="L2-holds-one-channel"),
+        pytest.param(RESNET_56, ALONE, "split", (64, 4), False, id="nobody-waits"),
+        pytest.param(RESNET_56, ONE_SM, "single", (64, 1), False, id="one-multiprocessor-needs-no-second-launch"),
+        pytest.param(SMALL_PLANES, H200, "single", (256, 1), True, id="7x7-in-registers"),
+        pytest.param(CONNECTED, H200, "single", (1, 1), True, id="launch-bound"),
+        pytest.param(CONNECTED, MI300X, "single", (1, 1), True, id="launch-bound-anywhere"),
+        pytest.param(CHANNELS_LAST, H200, "split", (1, 251), False, id="no-group-fits-L2"),
+    ],
+)
+def test_best(problem: Problem, device: Device, path: str, grid: tuple[int, int], once: bool) -> None:
+    plan = best(problem, device)
+    assert (plan.path, plan.grid, plan.tile.ONCE) == (path, grid, once)
+
+
+def paths(problem: Problem, device: Device) -> set[str]:
+    return {plan.path for plan in plans_for(problem, device)}
+
+
+def test_paths_there_are_to_choose_from() -> None:
+    assert paths(RESNET_56, H200) == {"split", "single", "stream"}
+    assert paths(RESNET_56, ALONE) == {"split", "single"}
+    assert paths(CONNECTED, H200) == {"split", "single", "cooperative", "stream"}
+    assert paths(RESNET_56._replace(operation="inference"), H200) == {"split"}
+    planes = Problem("forward", "planes", (32, 256, 1024), 2)  # 64 KiB per channel: registers of two CTAs
+    assert paths(planes, H200) == {"split", "single", "stream"}
+    assert paths(planes, CLUSTERED) == {"split", "single", "stream", "cluster"}
+    assert [plan.ctas for plan in plans_for(planes, CLUSTERED) if plan.path == "cluster"] == [2]
+
+
+def test_slots_are_as_many_channels_as_the_L2_cache_holds() -> None:
+    """Per channel 1,605,632 bytes, twice that for the backward; 60% of the cache is there for them."""
+    for problem, device, slots in (
+        (RESNET_56, H200, {1, 2, 4, 8, 16}),  # 23 would fit
+        (RESNET_56_BACKWARD, H200, {1, 2, 4, 8}),  # 11 would fit
+        (RESNET_56, B200, {1, 2, 4, 8, 16, 32}),  # 49 would fit
+        (RESNET_56, MI300X, {1}),
+        (RESNET_56, replace(H200, l2_bytes=2 << 20), set()),  # not one
+        (Problem("forward", "planes", (64, 12, 3136), 2), H200, {1, 2, 4, 8, 12}),  # all
+    ):
+        assert {plan.slots for plan in plans_for(problem, device) if plan.path == "stream"} == slots
+
+
+def test_splits_that_are_given_are_those_of_the_plan() -> None:
+    for splits in (1, 3, 7):
+        found = {plan.path: plan.splits for plan in plans_for(RESNET_56, H200, splits)}
+        assert found == {"split": splits, "single": 1, "stream": splits}
+        assert best(RESNET_56, H200, "split", splits).splits == splits
+
+
+def test_a_cooperative_grid_must_promise_more_than_the_estimate_may_be_wrong_by() -> None:
+    """13.3 against 14.3 us: the split plan is taken."""
+    problem = Problem("forward", "planes", (256, 512, 49), 2)
+    by_path = {path: best(problem, H200, path) for path in ("split", "stream")}
+    times = {path: seconds(plan, problem, H200) for path, plan in by_path.items()}
+    assert times["stream"] < times["split"] < 1.1 * times["stream"]
+    assert best(problem, H200) == by_path["split"]
+
+
+@pytest.mark.parametrize("path", get_args(Path))
+@pytest.mark.parametrize("device", [H200, ALONE, ONE_SM, CLUSTERED, MI300X], ids=lambda device: device.name)
+@pytest.mark.parametrize("problem", [RESNET_56, RESNET_56_BACKWARD, SMALL_PLANES, CONNECTED, CHANNELS_LAST])
+def test_a_forced_path_is_taken_or_refused(path: Path, device: Device, problem: Problem) -> None:
+    with forced(path):
+        if path in paths(problem, device):
+            assert make_plan(*problem[:4], device).path == path
+        else:
+            message = rf"path {path} cannot run {problem.operation} of .* on {device.name}"
+            with pytest.raises(ValueError, match=message):
+                make_plan(*problem[:4], device)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    N, C, S = draw(st.tuples(st.integers(1, 600), st.integers(1, 600), st.integers(1, 4000)))
+    rows = draw(st.booleans())
+    operation: Any = draw(st.sampled_from(["forward", "backward", "inference"]))
+    costly = operation == "backward" and draw(st.booleans())
+    shape = (N * S, C, 1) if rows else (N, C, S)
+    return Problem(operation, "rows" if rows else "planes", shape, draw(st.sampled_from([2, 4, 8])), costly)
+
+
+devices = st.builds(
+    Device, st.just("x"), st.integers(1, 304), st.integers(0, 256 << 20), st.floats(1e11, 1e13), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(problem=problems(), device=devices, more=st.floats(1, 10))
+def test_no_plan_beats_the_floor_and_bandwidth_never_hurts(problem: Problem, device: Device, more: float) -> None:
+    candidates = list(plans_for(problem, device))
+    assert candidates[0].path == "split"
+    faster = replace(device, bandwidth=more * device.bandwidth)
+    for plan in candidates:
+        assert_sound(plan, device)
+        time = seconds(plan, problem, device)
+        assert isfinite(time)
+        assert time >= plan.launches * model.LAUNCH + floor_bytes(plan, Operands()) / device.bandwidth
+        assert seconds(plan, problem, faster) <= time * (1 + 1e-12)
+    assert seconds(best(problem, device), problem, device) <= 1.1 * min(
+        seconds(plan, problem, device) for plan in candidates
+    )
+
+
+def differences(one: Choice, other: Choice) -> set[str]:
+    return {name for name in Choice._fields if getattr(one, name) != getattr(other, name)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(problem=problems(), device=devices)
+def test_neighbours_can_run_and_differ_in_one_thing(problem: Problem, device: Device) -> None:
+    for plan in plans_for(problem, device):
+        near = list(neighbours(plan, problem, device))
+        assert plan not in near
+        assert len(set(near)) == len(near)
+        times = [seconds(other, problem, device) for other in near]
+        assert times == sorted(times)
+        for other in near:
+            assert len(differences(plan.choice, other.choice)) == 1
+            assert other.path == plan.path
+            assert_sound(other, device, LARGEST_TILE)
+            assert model.check(other, device) is other
+
+
+def test_neighbours_of_a_split_plan() -> None:
+    plan = best(RESNET_56, H200, "split")
+    assert plan.choice == Choice("split", 16, 256, 8, splits=4, apply_tiles=4)
+    near = {other.choice for other in neighbours(plan, RESNET_56, H200)}
+    expected = [{"block_r": 8}, {"block_r": 32}, {"block_l": 128}, {"block_l": 512}, {"num_warps": 4}]
+    expected += [{"num_warps": 16}, {"splits": 2}, {"splits": 8}, {"apply_tiles": 2}, {"apply_tiles": 8}]
+    expected += [{"stages": 2}, {"stages": 3}]
+    assert near == {plan.choice._replace(**change) for change in expected}  # type: ignore[arg-type]
+
+
+def test_what_changes_nothing_is_no_neighbour() -> None:
+    """A tile that holds all has no loop and no second pass."""
+    plan = best(CONNECTED, H200)
+    assert {frozenset(differences(plan.choice, near.choice)) for near in neighbours(plan, CONNECTED, H200)} <= {
+        frozenset({"block_r"}), frozenset({"block_l"}), frozenset({"num_warps"}),
+    }  # fmt: skip
+
+
+SHARES = {"slots", "splits"}
+
+
+def test_neighbours_wait_for_no_more_programs_than_there_is_room_for() -> None:
+    plan = best(RESNET_56, H200)
+    assert plan.grid == (16, 16)
+    near = [other for other in neighbours(plan, RESNET_56, H200) if differences(plan.choice, other.choice) <= SHARES]
+    assert {other.grid for other in near} == {(8, 16), (16, 8)}, "264 at a time: neither 32 x 16 nor 16 x 32"
+    with pytest.raises(ValueError, match=r"needs all of 32 x 16 programs at a time, but .* room for 264"):
+        model.check(built(RESNET_56, plan, slots=32), H200)
+
+
+def built(problem: Problem, plan: Plan, **changes: Any) -> Plan:
+    return build(problem, plan.choice._replace(**changes))
+
+
+def test_more_stages_than_shared_memory_holds() -> None:
+    plan = best(RESNET_56_BACKWARD, H200, "split")
+    staged = built(RESNET_56_BACKWARD, plan, block_r=64, stages=3)
+    assert (staged.tile.BLOCK_R, staged.tile.BLOCK_L) == (64, 256)
+    with pytest.raises(ValueError, match="3 stages take 294912 bytes of shared memory, more than 147456"):
+        model.check(staged, H200)
+    assert model.check(built(RESNET_56_BACKWARD, plan, stages=3), H200).tile.STAGES == 3
