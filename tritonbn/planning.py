@@ -27,7 +27,7 @@ def plan_for(operation: Operation, x: Tensor, costly: bool = False, device: torc
     device: if it is not to be that of x.
     """
     where = device or x.device
-    tuned = where.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    tuned = where.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
     return make_plan(*problem_of(operation, x, costly)[:4], device_of(where), costly, tuned)
 
 
