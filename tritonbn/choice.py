@@ -81,15 +81,9 @@ class Choice(NamedTuple):
 
 # Of the integers of a choice: the most, and whether they are powers of two.
 _RANGES = (
-    ("block_r", 1 << 20, True),
-    ("block_l", 1 << 20, True),
-    ("num_warps", 16, True),
-    ("splits", GRID_LIMIT, False),
-    ("apply_tiles", GRID_LIMIT, False),
-    ("slots", GRID_LIMIT, False),
-    ("ctas", 8, True),
-    ("stages", 8, False),
-)
+    ("block_r", 1 << 20, True), ("block_l", 1 << 20, True), ("num_warps", 16, True), ("splits", GRID_LIMIT, False),
+    ("apply_tiles", GRID_LIMIT, False), ("slots", GRID_LIMIT, False), ("ctas", 8, True), ("stages", 8, False),
+)  # fmt: skip
 
 
 class Estimate(NamedTuple):
@@ -133,6 +127,11 @@ class Plan:
     choice: Choice = field(compare=False, repr=False)
     estimate: Estimate | None = field(default=None, compare=False, repr=False)
     kept: dict[Any, Any] | None = field(default=None, compare=False, repr=False)  # see `handles.py`
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """(R, C, width) of the kernels' view."""
+        return self.rows, self.shape[1], self.width
 
     @cached_property
     def splits(self) -> int:

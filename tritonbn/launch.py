@@ -68,29 +68,31 @@ def forward(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
-    plan = running(plan or plan_for("forward", x))
+    plan = plan or plan_for("forward", x)
+    if plan.cooperative:
+        plan = running(plan)
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vectors(x, running_mean)
     operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
     if plan.cooperative:
         if _launch_together(
             cooperative_forward_kernel, plan,
-            *operands, *_scratch(x, plan, 3, "semaphores", pooled), *_sizes(plan), plan.reduce_tiles,
+            *operands, *_scratch(x, plan, 3, "semaphores", pooled), *plan.sizes, plan.reduce_tiles,
             plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
         ):  # fmt: skip
             return y, bits, mean, rstd
         plan = _instead[plan] = independent(problem_of("forward", x), device_of(x.device))
     if plan.launches == 1:
-        _launch(forward_kernel, (plan.groups,), plan, *operands, *_sizes(plan), eps, momentum, ACT=activation)
+        _launch(forward_kernel, (plan.groups,), plan, *operands, *plan.sizes, eps, momentum, ACT=activation)
         return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
         x, mean, rstd, running_mean, running_var, *_scratch(x, plan, 3, "tickets", pooled),
-        *_sizes(plan), plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
+        *plan.sizes, plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
         normalize_kernel, (plan.groups, plan.apply_splits), plan,
-        x, residual, mean, rstd, weight, bias, y, bits, *_sizes(plan), plan.apply_tiles, ACT=activation,
+        x, residual, mean, rstd, weight, bias, y, bits, *plan.sizes, plan.apply_tiles, ACT=activation,
     )  # fmt: skip
     return y, bits, mean, rstd
 
@@ -114,7 +116,7 @@ def inference(
     mean, rstd = _vectors(x, running_mean) if keep else (None, None)
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
-        x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *_sizes(plan), plan.apply_tiles,
+        x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *plan.sizes, plan.apply_tiles,
         eps, ACT=activation,
     )  # fmt: skip
     return y, bits, mean, rstd
@@ -140,7 +142,7 @@ def backward(
     both_passes = training and dx is not None
     if plan.cooperative and both_passes and _launch_together(
         cooperative_backward_kernel, plan,
-        *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *_sizes(plan),
+        *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *plan.sizes,
         plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
     ):  # fmt: skip
         return gradients
@@ -150,14 +152,14 @@ def backward(
             _instead[plan] = other
         plan = other
     if plan.launches == 1 and both_passes:
-        _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *_sizes(plan), ACT=activation)
+        _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *plan.sizes, ACT=activation)
         return gradients
     sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if both_passes else None
     if not (dweight is None and dbias is None and sums is None):
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
             dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
-            *_scratch(x, plan, 2, "tickets", pooled), *_sizes(plan), plan.reduce_tiles,
+            *_scratch(x, plan, 2, "tickets", pooled), *plan.sizes, plan.reduce_tiles,
             ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
         if sums is None:
@@ -169,7 +171,7 @@ def backward(
     needs_x = sums is not None or (bits is None and activation != IDENTITY)
     _launch(
         input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
-        dy, x if needs_x else None, residual, bits, *vectors, sums, dx, dresidual, *_sizes(plan), plan.apply_tiles,
+        dy, x if needs_x else None, residual, bits, *vectors, sums, dx, dresidual, *plan.sizes, plan.apply_tiles,
         ACT=activation,
     )  # fmt: skip
     return gradients
@@ -187,7 +189,7 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 def running(plan: Plan) -> Plan:
     """The plan that runs instead of one whose programs were found not to fit the GPU at a time; else itself."""
-    return _instead.get(plan, plan) if plan.cooperative else plan
+    return _instead.get(plan, plan)
 
 
 def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:
@@ -197,11 +199,6 @@ def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> b
     except handles.TooManyPrograms:
         return False
     return True
-
-
-def _sizes(plan: Plan) -> tuple[int, int, int]:
-    """(R, C, width) of the kernels' view; one channel is one plane, see `make_plan`."""
-    return plan.rows, plan.shape[1], plan.width
 
 
 def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | None]:

@@ -100,9 +100,11 @@ def _resident(problem: Problem, ctas: int) -> Choice | None:
     block_l = power_of_two(problem.view[2]) if tile.GROUP == 1 else tile.BLOCK_L
     block_r = power_of_two(problem.rows)
     size = block_r * block_l * problem.itemsize
-    if size > ctas * RESIDENT_BYTES or (ctas > 1 and 2 * size <= ctas * RESIDENT_BYTES):
+    narrow = tile.V * problem.itemsize < 8  # an address for each access: half as much
+    most = ctas * (RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES)
+    if size > most or (ctas > 1 and 2 * size <= most):
         return None
-    per_thread = NARROW_BYTES_PER_THREAD if problem.operation == "backward" else BYTES_PER_THREAD
+    per_thread = NARROW_BYTES_PER_THREAD if narrow or problem.operation == "backward" else BYTES_PER_THREAD
     num_warps = max(1, min(2 * WARPS, size // ctas // (32 * per_thread)))
     return Choice("cluster" if ctas > 1 else "single", block_r, block_l, num_warps, ctas=ctas)
 
