@@ -186,9 +186,17 @@ class BatchNorm(torch.autograd.Function):
         save_output: bool,
         found: Signature,
     ) -> Tensor:
-        running_mean, running_var, training, _, eps, activation = given
+        running_mean, running_var, training, momentum, eps, activation = given
         keep_bits = residual is not None and activation.two_valued
-        y, bits, mean, rstd = forward(x, weight, bias, residual, given, True, keep_bits, True, found)
+        results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+        if training and found.dense:  # as `forward` would, with a call less
+            results = launch.forward(
+                x, residual, weight, bias, running_mean, running_var, momentum, eps, activation, keep_bits,
+                plan=found.plan("forward", x),
+            )  # fmt: skip
+        else:
+            results = forward(x, weight, bias, residual, given, True, keep_bits, True, found)
+        y, bits, mean, rstd = results
         needs_z = not keep_bits and activation != IDENTITY
         # The running statistics are not needed, but torch refuses a backward after a user changed them in place.
         ctx.save_for_backward(
