@@ -1,5 +1,6 @@
 """What the tensors of a call are, and so whether the kernels take them: looked at once, then recognized."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Signature(NamedTuple):
 NONE = Signature(False, False, False, torch.contiguous_format, torch.float32, {}, {})
 # Of tensors in compiled code, which say no more.
 SYMBOLIC = NONE._replace(fits=True)
-_known: dict[tuple[Any, ...], tuple[Any, Signature]] = {}
+_known: dict[tuple[Any, ...], tuple[Any, Callable[[Any], Any], Signature]] = {}
 
 
 def known(tensors: tuple[Any, ...], training: bool, look: Callable[[tuple[Any, ...], bool], Signature]) -> Signature:
@@ -55,18 +56,19 @@ def known(tensors: tuple[Any, ...], training: bool, look: Callable[[tuple[Any, .
         x.shape, id(running_mean), id(running_var), id(weight), id(bias), residual is None, training,
         torch.is_grad_enabled(),
     )  # fmt: skip
-    given = [t for t in tensors if t is not None]
     try:
-        guards, found = _known[key]
-        if guards.check(*given):
+        guards, given, found = _known[key]
+        if guards.check(*given(tensors)):
             return found
     except KeyError:
         pass
     found = look(tensors, training)
-    if found.fits and (guards := _guards(given)) is not None:
+    there = [index for index, t in enumerate(tensors) if t is not None]
+    if found.fits and (guards := _guards([tensors[index] for index in there])) is not None:
         if len(_known) >= LIMIT:
             _known.clear()
-        _known[key] = guards, found
+        given = operator.itemgetter(*there) if len(there) > 1 else operator.itemgetter(slice(1))  # tuples, both
+        _known[key] = guards, given, found
     return found
 
 
