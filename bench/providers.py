@@ -80,13 +80,16 @@ def compiled_operation(mode: str, epilogue: Epilogue, state: State) -> Operation
 
 @contextmanager
 def no_cudnn() -> Iterator[None]:
-    """Without cuDNN; torch's own context would set precisions too, which not every version lets one set back."""
+    """Without cuDNN; torch's own context would set precisions too, which not every version lets one set back.
+
+    Nor by its property, which torch's test helpers freeze.
+    """
     before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+    torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        torch._C._set_cudnn_enabled(before)
 
 
 def keeping_buffers() -> AbstractContextManager[object]:

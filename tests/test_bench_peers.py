@@ -81,6 +81,15 @@ def test_a_timed_backward_repeats_no_forward(device: torch.device) -> None:
     assert not [name for name in names if name in ("forward_kernel", "statistics_kernel", "normalize_kernel")]
 
 
+def test_without_cudnn_where_its_flags_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own test helpers forbid to set them for the rest of the process."""
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", False)
+    with pytest.raises(RuntimeError, match="not allowed to set"):
+        torch.backends.cudnn.enabled = False
+    with PROVIDERS["eager-no-cudnn"].scope():
+        assert not torch.backends.cudnn.enabled
+
+
 def test_without_cudnn_is_undone() -> None:
     before = torch.backends.cudnn.enabled
 
