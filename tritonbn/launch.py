@@ -22,10 +22,9 @@ from tritonbn.tickets import Purpose, scratch
 
 # The kernels run on CPU tensors too: TRITON_INTERPRET was set when they were defined.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-
-
 # The one place where a kernel starts.
 _launch = handles.start
+# What runs in the place of plans whose programs do not fit the GPU at a time.
 _instead: dict[Plan, Plan] = {}
 
 
@@ -69,7 +68,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
     plan = plan or plan_for("forward", x)
-    if plan.cooperative:
+    if plan.cooperative:  # asking takes microseconds
         plan = running(plan)
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vectors(x, running_mean)
@@ -134,7 +133,9 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = running(plan or plan_for("backward", x, costs(activation, bits)))
+    plan = plan or plan_for("backward", x, costs(activation, bits))
+    if plan.cooperative:  # asking takes microseconds
+        plan = running(plan)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias

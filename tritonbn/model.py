@@ -46,7 +46,7 @@ TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "str
 
 @lru_cache(maxsize=4096)
 def best(problem: Problem, device: Device, path: Path | None = None, splits: int | None = None) -> Plan:
-    """The plan that should take the least time, of those with the given path and splits if there are such.
+    """The plan that should take the least time, of those with the given path and splits.
 
     Raises ValueError where the path cannot run the problem on the device.
     """
