@@ -11,6 +11,8 @@ from bench.errors import BenchError
 SUBJECTS = {
     "mnist": "train the paper's MNIST network without batch norm, with torch's and with ours",
     "ops": "the operation alone against every other batch norm at hand, on the layers of networks",
+    "models": "training and inference of whole networks: without batch norm, with torch's, with ours",
+    "study": "the paper's claims on real data: MNIST, BN-Inception, what batch norm does",
     "tune": "measure plans for the layers of a network and keep the fastest",
     "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
     "overhead": "what a call costs on the CPU, launch by launch; needs no GPU",
