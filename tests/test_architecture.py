@@ -18,6 +18,7 @@ ORDER = [
     "tuning",
     "timing",
     "explain",
+    "recalibrate",
     "layers",
     "swap",
     "report",

@@ -4,6 +4,7 @@ from tritonbn import functional
 from tritonbn.explain import explain
 from tritonbn.fold import fold
 from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from tritonbn.recalibrate import recalibrate
 from tritonbn.report import SwapReport, report
 from tritonbn.swap import convert, revert
 from tritonbn.tuning import tune
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "fold",
     "functional",
+    "recalibrate",
     "report",
     "revert",
     "tune",

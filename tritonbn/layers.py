@@ -53,7 +53,7 @@ def layers_of(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, A
 
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        with _evaluation(model), _eager(), torch.no_grad():
+        with evaluation(model), eager(), torch.no_grad():
             model(*inputs, **options)
     finally:
         for hook in hooks:
@@ -64,7 +64,7 @@ def layers_of(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, A
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """The flags alone: `eval()` of some modules does more, such as to merge weights."""
     modes = {module: module.training for module in model.modules()}
     try:
@@ -76,6 +76,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _eager() -> Any:
+def eager() -> Any:
     """Compiled models run as they were written: hooks would make torch compile them anew."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
