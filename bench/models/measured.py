@@ -1,0 +1,210 @@
+"""One setting, all arms: built, warmed up, compared, timed in turns, profiled. What fails is a row that says why."""
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from bench.errors import BenchError
+from bench.models import arms, profiles, reading, turns
+from bench.models.arms import BASELINE, SEED, Start
+from bench.models.crew import Crew
+from bench.models.reading import Images
+from bench.models.rows import NOT_HERE, Row, blank, compared, coverage, profiled, times, warmed
+from bench.models.settings import Setting
+from bench.models.steps import State, Work
+from bench.rows import survived
+from bench.timing import peak_bytes
+
+FIRST = 5  # steps from the first weights, after the warm-up: their losses must agree
+Tick = Callable[[str], None]
+
+
+class Bench(NamedTuple):
+    """Where, how long and on which images all settings of a run are measured."""
+
+    device: torch.device
+    steps: int
+    crew: Crew
+    images: Images | None = None
+    tick: Tick = lambda _: None  # told what is done next
+
+
+class Arm:
+    """A provider at work, and its row."""
+
+    def __init__(self, row: Row) -> None:
+        self.row, self.provider = row, str(row["provider"])
+        self.work: Work
+        self.state: State  # of its start
+        self.logits: Tensor | None = None
+        self.rounds: list[Tensor] = []
+
+
+class Comparison:
+    """The arms of one setting, in their order; those that failed have an error in their row and are gone."""
+
+    def __init__(self, setting: Setting, providers: Sequence[str], bench: Bench) -> None:
+        self.setting, self.bench, self.device, self.crew = setting, bench, bench.device, bench.crew
+        self.rows = {name: blank(setting, name, self.crew.size) for name in arms.names(setting, providers)}
+        self.with_data: list[Row] = []
+        self.arms: dict[str, Arm] = {}
+
+    def measure(self) -> None:
+        """Fill the rows; within `measuring`."""
+        if why := impossible(self.setting, self.bench):
+            for row in self.rows.values():
+                row["error"] = NOT_HERE + why
+            return
+        torch.compiler.reset()
+        self.build()
+        if self.setting.graphed:
+            self.capture()
+        for arm in self.living():
+            self.attempt([arm.row], partial(self.first_steps, arm))
+        self.compare()
+        self.time()
+        for arm in self.living("profile"):
+            self.attempt([arm.row], partial(self.profile, arm))
+        if self.bench.images is not None:
+            works = {name: arm.work for name, arm in self.arms.items()}
+            self.with_data = reading.read(works, self.setting, self.bench.images, self.bench.steps, self.crew)
+
+    def living(self, stage: str = "") -> list[Arm]:
+        """Those that have not failed; the progress bar is told of each."""
+        found = []
+        for arm in list(self.arms.values()):
+            self.bench.tick(f"{arm.provider} {stage}")
+            found.append(arm)
+        return found
+
+    def attempt(self, rows: Sequence[Row], action: Callable[[], object]) -> None:
+        """Do it; where it fails in any process, the rows say why, and the memory is free for others."""
+        text = None
+        try:
+            action()
+        except BenchError:
+            raise
+        except Exception as error:  # whatever a network, a compiler or a GPU raises
+            text = self.explained(error)
+        if self.crew.any(text is not None):
+            self.drop(rows, text or "it failed in another process")
+
+    def drop(self, rows: Sequence[Row], text: str) -> None:
+        for row in rows:
+            row["error"] = text
+            self.arms.pop(row["provider"], None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def explained(self, error: Exception) -> str:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return survived(error, self.device)
+        text = f"out of memory at batch {self.setting.batch}: {str(error).split('. GPU')[0].strip()}"
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            text += f"; {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB were in use"
+        return text
+
+    def build(self) -> None:
+        """All arms from one network, each warmed up."""
+        begin: list[Start] = []
+        classes = None if self.bench.images is None else self.bench.images.classes
+        make = partial(arms.start, self.setting, self.device, classes, SEED + self.crew.rank)
+        self.attempt(list(self.rows.values()), lambda: begin.append(make()))
+        for name, row in self.rows.items() if begin else ():
+            self.bench.tick(f"{name} warm-up")
+            self.arms[name] = arm = Arm(row)
+            self.attempt([row], partial(self.prepare, arm, begin[0]))
+
+    def prepare(self, arm: Arm, begin: Start) -> None:
+        """Build the network and make its first steps, until they take the same time."""
+        before, graphs = allocated(self.device), compiled_graphs()
+        network = arms.network_of(arm.provider, begin)
+        arm.row |= coverage(arm.provider, network, begin)
+        arm.work = work = Work(network, begin.x, begin.y, self.setting)
+        arm.state = work.state()
+        work.called = shared = self.crew.shared(network) if self.setting.training else network
+        if self.setting.compiled:
+            work.called = torch.compile(shared, dynamic=False)
+        torch.manual_seed(SEED)
+        found = turns.warm_up(work, self.device, self.crew)
+        held = allocated(self.device) - before
+        peak = peak_bytes(work.step, self.device)
+        arm.row |= warmed(found, None if peak is None else held + peak)
+        if compiled_graphs() - graphs > 1:
+            arm.row["notes"].append(f"compiled as {compiled_graphs() - graphs} graphs")
+
+    def capture(self) -> None:
+        """After all eager steps, when the memory they took is free again; the graphs share what they need."""
+        torch.cuda.empty_cache()
+        pool = torch.cuda.graph_pool_handle()
+        for arm in self.living("capture"):
+            self.attempt([arm.row], partial(arm.work.capture, pool))
+
+    def first_steps(self, arm: Arm) -> None:
+        """From the first weights again, with the same random numbers for all."""
+        work, row = arm.work, arm.row
+        work.restore(arm.state)
+        torch.manual_seed(SEED + self.crew.rank)
+        losses = []
+        for _ in range(FIRST if work.training else 1):
+            work.step()
+            losses.append(work.result.detach().clone())
+        if work.training:
+            row["first_losses"] = torch.stack(losses).tolist()
+        else:
+            arm.logits = losses[0].float().cpu()
+        row["finite"] = all(bool(loss.isfinite().all()) for loss in losses)
+        if not row["finite"]:
+            raise FloatingPointError(f"not finite, not timed: {'loss' if work.training else 'output'} of first steps")
+
+    def compare(self) -> None:
+        if (torchs := self.arms.get(BASELINE)) is not None:
+            for arm in self.arms.values():
+                arm.row |= compared(arm.row, arm.logits, torchs.row, torchs.logits)
+
+    def time(self) -> None:
+        """All arms in turns."""
+        graphs = compiled_graphs()
+        works = {name: arm.work for name, arm in self.arms.items()}
+        for found in turns.take_turns(works, self.bench.steps, self.device, self.crew, self.failed):
+            for name, milliseconds in found.items():
+                self.arms[name].rounds.append(milliseconds)
+            self.bench.tick("in turns")
+        torchs, images = self.arms.get(BASELINE), self.setting.batch * self.crew.size
+        for arm in self.arms.values():
+            arm.row |= times(arm.rounds, torchs.rounds if torchs else None, images)
+            arm.row["finite"] = bool(arm.work.result.isfinite().all())
+            if compiled_graphs() > graphs:
+                arm.row["notes"].append("something was compiled again while this was timed")
+
+    def failed(self, name: str, error: Exception) -> None:
+        self.drop([self.rows[name]], self.explained(error))
+
+    def profile(self, arm: Arm) -> None:
+        found = profiled(profiles.shares(arm.work.step, self.device))
+        arm.row |= found | {"notes": arm.row["notes"] + found["notes"]}
+
+
+def impossible(setting: Setting, bench: Bench) -> str | None:
+    """Why a setting cannot be measured on this machine."""
+    if setting.graphed and bench.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    if setting.graphed and bench.crew.size > 1:
+        return "a graph does not hold the steps of several processes: run it without --ddp"
+    return None
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,97 @@
+"""The same steps on real images: how fast they are with the loader, and how long they wait for it."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.errors import BenchError
+from bench.image_loader import Loader, loader
+from bench.images import splits
+from bench.measure import synchronize
+from bench.models.crew import Crew
+from bench.models.settings import Setting
+from bench.models.steps import Work
+from tritonbn.timing import quartiles
+
+ROUNDS = 3
+LEAD = 2  # steps of a turn that are not timed
+
+Row = dict[str, Any]
+
+
+class Images:
+    """An image folder: training steps read `train`, cropped at random, inference `val`."""
+
+    def __init__(self, root: Path, workers: int) -> None:
+        self.name, self.workers = root.resolve().name, workers
+        self.train, self.val = splits(root)
+        self.classes = len(self.train.classes)
+
+    def loader(self, setting: Setting, seed: int, pin: bool) -> Loader:
+        split = self.train if setting.training else self.val
+        if setting.image is None:
+            raise BenchError(f"--data: expected networks that take images, got {setting.model}")
+        if len(split) < setting.batch:
+            raise BenchError(f"{split.folder}: expected at least {setting.batch} images, one batch; got {len(split)}")
+        return loader(
+            split, setting.batch, setting.image, training=setting.training, workers=self.workers, seed=seed, pin=pin
+        )
+
+
+def endless(batches: Loader, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch, full batches only."""
+    while True:
+        yield from ((images, labels) for images, labels in batches if len(labels) == size)
+
+
+def read(works: Mapping[str, Work], setting: Setting, images: Images, steps: int, crew: Crew) -> list[Row]:
+    """A row per arm: they take turns with one stream of batches. Images/s are those of all processes."""
+    if not works:
+        return []
+    device = next(iter(works.values())).x.device
+    batches = images.loader(setting, crew.rank, pin=device.type == "cuda")
+    stream = endless(batches, setting.batch)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for start in range(ROUNDS):
+        names = [*works]
+        for name in names[start:] + names[:start]:
+            found[name].append(turn(works[name], stream, -(-steps // ROUNDS), device))
+    return [
+        asdict(setting)
+        | {"provider": name, "data": images.name, "workers": images.workers, "skipped": batches.files.skipped}
+        | summed(turns, setting.batch * -(-steps // ROUNDS), crew)
+        for name, turns in found.items()
+    ]
+
+
+def turn(work: Work, stream: Iterator[tuple[Tensor, Tensor]], steps: int, device: torch.device) -> tuple[float, float]:
+    """(seconds of the steps, those of them that were spent waiting for a batch)"""
+    waited = start = 0.0
+    for step in range(LEAD + steps):
+        if step == LEAD:
+            synchronize(device)
+            waited, start = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - asked
+        work.feed(*batch)
+        work.step()
+    synchronize(device)
+    return time.perf_counter() - start, waited
+
+
+def summed(turns: list[tuple[float, float]], images: int, crew: Crew) -> Row:
+    """Of turns with so many images each; the slowest process counts."""
+    seconds = crew.slowest(torch.tensor(turns, dtype=torch.float64))
+    per_second = quartiles((images * crew.size / seconds[:, 0]).tolist())
+    return {
+        "images_per_second": per_second.median,
+        "images_per_second_low": per_second.low,
+        "images_per_second_high": per_second.high,
+        "waiting": float(seconds[:, 1].sum() / seconds[:, 0].sum()),
+    }
