@@ -35,10 +35,7 @@ from tritonbn import launch
 from tritonbn.timing import SAMPLES, measuring
 
 STEPS, FEW_STEPS = 60, 10
-SWAP_ONLY = (
-    "On a CPU tritonbn calls torch's own kernels: this checks the swap and shows what torch's batch norm costs there; "
-    "how tritonbn and torch compare in speed is noise, and says nothing about a GPU."
-)
+LISTS = ("model", "batch", "layout", "dtype", "mode", "provider")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,33 +154,34 @@ class Results:
         tables.print_with_data(with_data)
         self.write()
 
-    def write(self) -> None:
-        content = {
+    def content(self) -> dict[str, Any]:
+        return {
             "machine": self.facts, "settings": self.settings, "rows": self.rows, "tax": tax.lines(self.rows),
             "with_data": self.with_data, "left_out": self.left_out,
         }  # fmt: skip
+
+    def write(self) -> None:
         if self.crew.rank == 0:
-            write_json(self.out / "models.json", content)
+            write_json(self.out / "models.json", self.content())
 
     def finish(self, draw: bool) -> None:
         """The end of the output: the tax, what is missing, and where the files are."""
         self.write()
-        lines, speed = tax.lines(self.rows), 1e9 * self.facts["copy_gb_per_s"]
         if draw:
-            tables.print_tax(lines, speed)
+            tables.print_tax(tax.lines(self.rows), 1e9 * self.facts["copy_gb_per_s"])
         tables.print_failures(self.rows)
         for text in self.left_out:
             console.print(f"left out, the budget was spent: {text}", soft_wrap=True)
-        written = [self.out / "models.json", *(self.out / name for name in pictures.drawn(self.rows, lines))]
         if self.crew.rank == 0:
-            pictures.draw(self.rows, lines, self.facts["device"], speed, self.out)
-        console.print(f"\nWritten: {', '.join(map(str, written))}", soft_wrap=True)
+            written = [self.out / "models.json", *pictures.draw(self.content(), self.out)]
+            console.print(f"\nWritten: {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def described(
     args: argparse.Namespace, steps: int, crew: Crew, device: torch.device, images: Images | None
 ) -> dict[str, Any]:
     return {
+        "command": command(args),
         "steps": steps,
         "input": "random numbers" if images is None else f"random numbers; rows with data: {images.name}",
         "optimizer": f"SGD, learning rate {LEARNING_RATE}, momentum {MOMENTUM}, foreach",
@@ -191,6 +189,14 @@ def described(
         "processes": crew.size,
         "kernels_compared": device.type == "cuda" or launch.INTERPRETED,
     }
+
+
+def command(args: argparse.Namespace) -> str:
+    """What gives the same rows elsewhere; no folder of this machine is in it."""
+    listed = (f"--{name} {','.join(map(str, getattr(args, name)))}" for name in LISTS)
+    single = (f"--{name} {getattr(args, name)}" for name in ("image", "steps") if getattr(args, name) is not None)
+    flags = (f"--{name}" for name in ("training", "inference", "tax", "ddp") if getattr(args, name))
+    return " ".join(["python -m bench models", *listed, *single, *flags, *(["--data DIR"] if args.data else [])])
 
 
 def introduce(results: Results, device: torch.device) -> None:
@@ -203,6 +209,6 @@ def introduce(results: Results, device: torch.device) -> None:
         *chosen["precision"].values(),
         "ms per step: median (quartiles); x torch: times as fast as torch in the same turns, median (quartiles) of "
         "rounds; torch-again is torch once more, its x the noise; differs: from torch's losses or outputs",
-        *([] if chosen["kernels_compared"] else [SWAP_ONLY]),
+        *([] if chosen["kernels_compared"] else [tables.SWAP_ONLY]),
     ):
         console.print(line, soft_wrap=True)

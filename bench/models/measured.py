@@ -1,20 +1,20 @@
-"""One setting, all arms: built, warmed up, compared, timed in turns, profiled. What fails is a row that says why."""
+"""One setting, all arms: built, warmed up, profiled, compared, timed in turns. What fails is a row that says why."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bench.errors import BenchError
-from bench.models import arms, profiles, reading, turns
+from bench.models import arms, profiles, reading, rows, turns
 from bench.models.arms import BASELINE, SEED, Start
 from bench.models.crew import Crew
 from bench.models.reading import Images
-from bench.models.rows import NOT_HERE, Row, blank, compared, coverage, profiled, times, warmed
+from bench.models.rows import NOT_HERE, Row
 from bench.models.settings import Setting
 from bench.models.steps import State, Work
 from bench.rows import survived
@@ -50,7 +50,7 @@ class Comparison:
 
     def __init__(self, setting: Setting, providers: Sequence[str], bench: Bench) -> None:
         self.setting, self.bench, self.device, self.crew = setting, bench, bench.device, bench.crew
-        self.rows = {name: blank(setting, name, self.crew.size) for name in arms.names(setting, providers)}
+        self.rows = {name: rows.blank(setting, name, self.crew.size) for name in arms.names(setting, providers)}
         self.with_data: list[Row] = []
         self.arms: dict[str, Arm] = {}
 
@@ -60,27 +60,26 @@ class Comparison:
             for row in self.rows.values():
                 row["error"] = NOT_HERE + why
             return
-        torch.compiler.reset()
-        self.build()
-        if self.setting.graphed:
-            self.capture()
-        for arm in self.living():
-            self.attempt([arm.row], partial(self.first_steps, arm))
-        self.compare()
-        self.time()
-        for arm in self.living("profile"):
-            self.attempt([arm.row], partial(self.profile, arm))
-        if self.bench.images is not None:
-            works = {name: arm.work for name, arm in self.arms.items()}
-            self.with_data = reading.read(works, self.setting, self.bench.images, self.bench.steps, self.crew)
+        try:
+            self.build()
+            if self.setting.graphed:
+                self.capture()
+            for arm in self.living("first steps"):
+                self.attempt([arm.row], partial(self.first_steps, arm))
+            self.compare()
+            self.time()
+            if self.bench.images is not None:
+                self.read(self.bench.images)
+        finally:
+            self.arms.clear()
+            torch.compiler.reset()
+            self.free()
 
-    def living(self, stage: str = "") -> list[Arm]:
+    def living(self, stage: str) -> Iterator[Arm]:
         """Those that have not failed; the progress bar is told of each."""
-        found = []
-        for arm in list(self.arms.values()):
-            self.bench.tick(f"{arm.provider} {stage}")
-            found.append(arm)
-        return found
+        for name in list(self.arms):
+            self.bench.tick(f"{name} {stage}")
+            yield self.arms[name]
 
     def attempt(self, rows: Sequence[Row], action: Callable[[], object]) -> None:
         """Do it; where it fails in any process, the rows say why, and the memory is free for others."""
@@ -97,15 +96,24 @@ class Comparison:
     def drop(self, rows: Sequence[Row], text: str) -> None:
         for row in rows:
             row["error"] = text
-            self.arms.pop(row["provider"], None)
+            arm = self.arms.pop(row["provider"], None)
+            if arm is not None:
+                vars(arm).pop("work", None)  # others may still hold the arm
+        self.free()
+
+    def free(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def explained(self, error: Exception) -> str:
-        if not isinstance(error, torch.OutOfMemoryError):
+        """In a line. What follows from it may hide that memory ran out: a capture ends in an error of its own."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__context__
+        if cause is None:
             return survived(error, self.device)
-        text = f"out of memory at batch {self.setting.batch}: {str(error).split('. GPU')[0].strip()}"
+        text = f"out of memory at batch {self.setting.batch}: {str(cause).split('. GPU')[0].strip()}"
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             text += f"; {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB were in use"
@@ -123,29 +131,37 @@ class Comparison:
             self.attempt([row], partial(self.prepare, arm, begin[0]))
 
     def prepare(self, arm: Arm, begin: Start) -> None:
-        """Build the network and make its first steps, until they take the same time."""
-        before, graphs = allocated(self.device), compiled_graphs()
+        """Build the network, make its first steps, until they take the same time, and look at what one is made of."""
+        before, graphs, row = allocated(self.device), compiled_graphs(), arm.row
         network = arms.network_of(arm.provider, begin)
-        arm.row |= coverage(arm.provider, network, begin)
+        row |= rows.coverage(arm.provider, network, begin)
         arm.work = work = Work(network, begin.x, begin.y, self.setting)
         arm.state = work.state()
         work.called = shared = self.crew.shared(network) if self.setting.training else network
         if self.setting.compiled:
             work.called = torch.compile(shared, dynamic=False)
         torch.manual_seed(SEED)
-        found = turns.warm_up(work, self.device, self.crew)
+        row |= rows.warmed(turns.warm_up(work, self.device, self.crew))
         held = allocated(self.device) - before
         peak = peak_bytes(work.step, self.device)
-        arm.row |= warmed(found, None if peak is None else held + peak)
+        row["peak_bytes"] = None if peak is None else held + peak
         if compiled_graphs() - graphs > 1:
-            arm.row["notes"].append(f"compiled as {compiled_graphs() - graphs} graphs")
+            row["notes"].append(f"compiled as {compiled_graphs() - graphs} graphs")
+        if self.setting.compiled and self.device.type != "cuda":
+            row["notes"].append("no shares: compiled code is one operator of the CPU")
+        else:
+            rows.profiled(row, profiles.shares(work.step, self.device))
 
     def capture(self) -> None:
         """After all eager steps, when the memory they took is free again; the graphs share what they need."""
-        torch.cuda.empty_cache()
+        self.free()
         pool = torch.cuda.graph_pool_handle()
         for arm in self.living("capture"):
-            self.attempt([arm.row], partial(arm.work.capture, pool))
+            self.attempt([arm.row], partial(self.replayed, arm, pool))
+
+    def replayed(self, arm: Arm, pool: Any) -> None:
+        arm.work.capture(pool)
+        arm.row |= rows.warmed(turns.warm_up(arm.work, self.device, self.crew), arm.row)
 
     def first_steps(self, arm: Arm) -> None:
         """From the first weights again, with the same random numbers for all."""
@@ -162,12 +178,12 @@ class Comparison:
             arm.logits = losses[0].float().cpu()
         row["finite"] = all(bool(loss.isfinite().all()) for loss in losses)
         if not row["finite"]:
-            raise FloatingPointError(f"not finite, not timed: {'loss' if work.training else 'output'} of first steps")
+            raise FloatingPointError(f"the {'loss' if work.training else 'output'} is not finite: not timed")
 
     def compare(self) -> None:
         if (torchs := self.arms.get(BASELINE)) is not None:
             for arm in self.arms.values():
-                arm.row |= compared(arm.row, arm.logits, torchs.row, torchs.logits)
+                arm.row |= rows.compared(arm.row, arm.logits, torchs.row, torchs.logits)
 
     def time(self) -> None:
         """All arms in turns."""
@@ -179,7 +195,7 @@ class Comparison:
             self.bench.tick("in turns")
         torchs, images = self.arms.get(BASELINE), self.setting.batch * self.crew.size
         for arm in self.arms.values():
-            arm.row |= times(arm.rounds, torchs.rounds if torchs else None, images)
+            arm.row |= rows.times(arm.rounds, torchs.rounds if torchs else None, images)
             arm.row["finite"] = bool(arm.work.result.isfinite().all())
             if compiled_graphs() > graphs:
                 arm.row["notes"].append("something was compiled again while this was timed")
@@ -187,9 +203,15 @@ class Comparison:
     def failed(self, name: str, error: Exception) -> None:
         self.drop([self.rows[name]], self.explained(error))
 
-    def profile(self, arm: Arm) -> None:
-        found = profiled(profiles.shares(arm.work.step, self.device))
-        arm.row |= found | {"notes": arm.row["notes"] + found["notes"]}
+    def read(self, images: Images) -> None:
+        """The same arms once more, with images from files."""
+        self.bench.tick("with data")
+        self.with_data = [reading.blank(self.setting, name, images, self.crew.size) for name in self.arms]
+        works = {name: arm.work for name, arm in self.arms.items()}
+        self.attempt(
+            self.with_data,
+            partial(reading.read, self.with_data, works, self.setting, images, self.bench.steps, self.crew),
+        )
 
 
 def impossible(setting: Setting, bench: Bench) -> str | None:

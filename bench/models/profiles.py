@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.torch_version import TorchVersion
 
 from bench.measure import synchronize
 from tritonbn import launch
@@ -15,8 +16,8 @@ from tritonbn import launch
 STEPS = 3
 KINDS = ("batch norm", "activation, add", "convolution, matmul", "copies", "other")
 OURS = tuple(name for name in vars(launch) if name.endswith("_kernel"))
-# The first that is found in a name decides. Names of kernels are torch's own, cuDNN's, cuBLAS', CUTLASS', Inductor's and
-# ours, of operators ATen's. Inductor names a kernel after the operators in it: with batch norm, it counts as that.
+# The first found in a name decides. Names of kernels are torch's, cuDNN's, cuBLAS', CUTLASS', Inductor's and ours, of
+# operators ATen's. Inductor names a kernel after the operators in it: with batch norm, it counts as that.
 PATTERNS = (
     ("batch norm", rf"batch_?norm|\bbn_(fw|bw)|^({'|'.join(OURS)})$"),
     ("copies", r"nchwtonhwc|nhwctonchw|converttensor|^triton_poi_fused(__to_copy)?(_convolution)?_\d+$"),
@@ -46,6 +47,8 @@ def shares(step: Callable[[], None], device: torch.device) -> Shares | None:
     """Of some steps, under the profiler; None where it saw nothing."""
     cuda = device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would write into our output
+    if cuda and TorchVersion(torch.version.cuda or "0") < "12.6":  # as torch does for its own graphs: else it may crash
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     synchronize(device)
     with profile(activities=activities) as seen:

@@ -16,6 +16,7 @@ from bench.measure import synchronize
 from bench.models.crew import Crew
 from bench.models.settings import Setting
 from bench.models.steps import Work
+from bench.models.turns import rotated
 from tritonbn.timing import quartiles
 
 ROUNDS = 3
@@ -46,27 +47,38 @@ class Images:
 def endless(batches: Loader, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Epoch after epoch, full batches only."""
     while True:
-        yield from ((images, labels) for images, labels in batches if len(labels) == size)
+        try:
+            yield from ((images, labels) for images, labels in batches if len(labels) == size)
+        except BenchError as error:  # a worker's comes with its traceback around it
+            last = str(error).strip().splitlines()[-1]
+            raise BenchError(last.partition("BenchError: ")[2] or last) from None
 
 
-def read(works: Mapping[str, Work], setting: Setting, images: Images, steps: int, crew: Crew) -> list[Row]:
-    """A row per arm: they take turns with one stream of batches. Images/s are those of all processes."""
-    if not works:
-        return []
-    device = next(iter(works.values())).x.device
+def blank(setting: Setting, provider: str, images: Images, processes: int) -> Row:
+    """A row before anything was measured; images/s of all processes."""
+    return asdict(setting) | {
+        "provider": provider, "processes": processes, "data": images.name, "workers": images.workers,
+        "images_per_second": None, "images_per_second_low": None, "images_per_second_high": None,
+        "waiting": None,  # share of the time in which the host waited for a batch
+        "skipped": None, "error": None,
+    }  # fmt: skip
+
+
+def read(
+    rows: list[Row], works: Mapping[str, Work], setting: Setting, images: Images, steps: int, crew: Crew
+) -> None:  # fmt: skip
+    """Fill the rows: the arms take turns with one stream of batches."""
+    if not rows:
+        return
+    device, steps = next(iter(works.values())).x.device, -(-steps // ROUNDS)
     batches = images.loader(setting, crew.rank, pin=device.type == "cuda")
     stream = endless(batches, setting.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for start in range(ROUNDS):
-        names = [*works]
-        for name in names[start:] + names[:start]:
-            found[name].append(turn(works[name], stream, -(-steps // ROUNDS), device))
-    return [
-        asdict(setting)
-        | {"provider": name, "data": images.name, "workers": images.workers, "skipped": batches.files.skipped}
-        | summed(turns, setting.batch * -(-steps // ROUNDS), crew)
-        for name, turns in found.items()
-    ]
+        for name in rotated(list(works), start):
+            found[name].append(turn(works[name], stream, steps, device))
+    for row in rows:
+        row |= summed(found[row["provider"]], steps * setting.batch, crew) | {"skipped": batches.files.skipped}
 
 
 def turn(work: Work, stream: Iterator[tuple[Tensor, Tensor]], steps: int, device: torch.device) -> tuple[float, float]:

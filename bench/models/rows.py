@@ -30,7 +30,7 @@ def blank(setting: Setting, provider: str, processes: int) -> Row:
         "images_per_second": None,  # of all processes
         "speedup": None, "speedup_low": None, "speedup_high": None,  # times as fast as torch, in turns with it
         "first_step_s": None, "warm_up_s": None, "warm_up_steps": None, "stable": None, "peak_bytes": None,
-        "shares_of": None, "shares": None, "kernels": None,  # GPU kernels of a step
+        "shares_of": None, "shares": None, "kernels": None,  # GPU kernels of a step, of a graph's before capture
         "norms": None, "swapped": None, "fused": None, "left": None, "folded": None,  # layers
         "bn_elements": None,  # of all batch norm outputs, per example
         "first_losses": None, "difference": None, "agrees": None, "finite": None, "notes": [], "error": None,
@@ -48,9 +48,12 @@ def coverage(provider: str, network: nn.Module, begin: Start) -> Row:
             "bn_elements": begin.elements}  # fmt: skip
 
 
-def warmed(found: WarmUp, peak_bytes: int | None) -> Row:
-    return {"first_step_s": found.first_s, "warm_up_s": found.seconds, "warm_up_steps": found.steps,
-            "stable": found.stable, "peak_bytes": peak_bytes}  # fmt: skip
+def warmed(found: WarmUp, before: Row | None = None) -> Row:
+    """What the warm-up took, together with one before: a graph is warmed up twice, as steps and as a graph."""
+    first, seconds, steps = found[:3]
+    if before is not None:
+        first, seconds, steps = before["first_step_s"], seconds + before["warm_up_s"], steps + before["warm_up_steps"]
+    return {"first_step_s": first, "warm_up_s": seconds, "warm_up_steps": steps, "stable": found.stable}
 
 
 def times(rounds: Sequence[Tensor], torchs: Sequence[Tensor] | None, images: int) -> Row:
@@ -67,11 +70,14 @@ def times(rounds: Sequence[Tensor], torchs: Sequence[Tensor] | None, images: int
     return found
 
 
-def profiled(found: Shares | None) -> Row:
+def profiled(row: Row, found: Shares | None) -> None:
+    """Write the shares into the row."""
     if found is None:
-        return {"notes": ["the profiler saw nothing"]}
-    return {"shares_of": found.of, "shares": found.share, "kernels": found.kernels,
-            "notes": ["cuDNN changes layouts"] if found.changed_layout else []}  # fmt: skip
+        row["notes"].append("the profiler saw nothing")
+        return
+    row |= {"shares_of": found.of, "shares": found.share, "kernels": found.kernels}
+    if found.changed_layout:
+        row["notes"].append("cuDNN changes layouts")
 
 
 def compared(row: Row, logits: Tensor | None, torchs_row: Row, torchs_logits: Tensor | None) -> Row:

@@ -16,6 +16,12 @@ TIMES = (
 CAUSES = ("provider", "norms", "swapped", "fused", "folded", "left", "kernels", *KINDS)
 
 
+SWAP_ONLY = (
+    "On a CPU tritonbn calls torch's own kernels: this checks the swap and shows what torch's batch norm costs there; "
+    "how tritonbn and torch compare in speed is noise, and says nothing about a GPU."
+)
+
+
 def title(row: Row) -> str:
     size = "" if row["image"] is None else f" of {row['image']}x{row['image']}"
     processes = f", {row['processes']} processes" if row["processes"] > 1 else ""
@@ -92,6 +98,9 @@ def print_with_data(rows: Sequence[Row]) -> None:
     if not rows:
         return
     console.print(f"With the images of {rows[0]['data']}, {rows[0]['workers']} workers; waiting: the host, for a batch")
+    if rows[0]["error"]:
+        console.print(f"  {rows[0]['error']}", soft_wrap=True)
+        return
     lines = [["provider", "images/s", "waiting", "unreadable so far"]]
     for row in rows:
         middle, low, high = (row[f"images_per_second{which}"] for which in ("", "_low", "_high"))
@@ -113,7 +122,7 @@ def print_tax(found: Sequence[Line], bytes_per_second: float | None) -> None:
         print_columns(lines)
         for line in mine:
             if line["fixed_ms"] is not None:
-                fitted = f"{line['fixed_ms']:.2f} ms + {line['per_example_us']:.1f} us per image"
+                fitted = f"{line['fixed_ms']:.2f} ms {line['per_example_us']:+.1f} us per image"
                 console.print(f"{line['provider']}: a step takes {fitted}", soft_wrap=True)
         if floor := tax.floor_us(mine[0], bytes_per_second):
             console.print(f"{tax.PASSES} passes over what batch norm sees, as fast as a copy: {floor:.1f} us per image")

@@ -26,7 +26,7 @@ class Pace(NamedTuple):
 
 
 CUDA = Pace(group=10, most=8, stable=0.03, lead=1, block=5)
-CPU = Pace(group=2, most=2, stable=0.25, lead=0, block=1)  # nothing to wait for but caches, and much noise
+CPU = Pace(group=2, most=1, stable=math.inf, lead=0, block=1)  # no clocks and no tuners to wait for
 
 
 def pace_of(device: torch.device) -> Pace:
@@ -37,7 +37,7 @@ class WarmUp(NamedTuple):
     first_s: float  # the first step: compilers and tuners run in it
     seconds: float  # of all
     steps: int
-    stable: bool
+    stable: bool | None  # None where nobody asks
 
 
 def warm_up(work: Work, device: torch.device, crew: Crew) -> WarmUp:
@@ -51,7 +51,7 @@ def warm_up(work: Work, device: torch.device, crew: Crew) -> WarmUp:
         median = whole(clock.milliseconds(work.marks)).median().item()
         stable = not crew.any(abs(median / before - 1) > pace.stable)
         total, groups, before = total + seconds, groups + 1, median
-    return WarmUp(first, total, 1 + groups * pace.group, stable)
+    return WarmUp(first, total, 1 + groups * pace.group, stable if math.isfinite(pace.stable) else None)
 
 
 def repeat(work: Work, steps: int, clock: Clock) -> None:

@@ -16,13 +16,25 @@ NEEDED = {
     "mnist": {"machine", "settings", "data", "check", "kernels_compared", "arms"},
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
+    "models": {"machine", "settings", "rows", "tax", "with_data", "left_out"},
 }
 ROW = {
     "set", "shape", "count", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high",
     "timed_by", "cold", "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
 }  # fmt: skip
 WALL = {"set", "shape", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high", "error"}
+# Of one arm of a network in one setting, of its BN tax, and with a loader of real images.
+ARM = {"model", "batch", "image", "layout", "dtype", "mode", "direction", "provider", "processes", "error"}
+STEP = ARM | {
+    "ms", "ms_low", "ms_high", "forward_ms", "backward_ms", "optimizer_ms", "images_per_second", "speedup",
+    "speedup_low", "speedup_high", "first_step_s", "peak_bytes", "shares", "kernels", "norms", "swapped", "fused",
+    "left", "folded", "difference", "agrees", "finite", "stable", "warm_up_steps", "notes",
+}  # fmt: skip
+TAX = (ARM - {"batch", "error"}) | {"points", "fixed_ms", "per_example_us", "pass_bytes"}
+READ = ARM | {"data", "workers", "images_per_second", "images_per_second_low", "images_per_second_high", "waiting",
+              "skipped"}  # fmt: skip
 ROWS = {
+    "models": {"rows": STEP, "tax": TAX, "with_data": READ},
     "ops": {"rows": ROW, "wall": WALL},
     "overhead": {"rows": {"case", "launches", "us", "parts_us"}},
     "steps": {"steps": {"name", "result", "seconds", "last_line", "commit"}},

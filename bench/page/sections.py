@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import mnist_tables
+from bench.page import models
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
@@ -18,6 +19,8 @@ def repeat(folders: Sequence[Folder]) -> str:
             chosen = folder.files["mnist"]["settings"]
             options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
             commands.append((f"{folder.prefix}mnist.json", f"python -m bench mnist {options}"))
+        if "models" in folder.files:
+            commands.append((f"{folder.prefix}models.json", folder.files["models"]["settings"]["command"]))
         if "overhead" in folder.files:
             commands.append((f"{folder.prefix}overhead.json", "python -m bench overhead"))
     commands.append(("this page", "python -m bench report"))
@@ -110,4 +113,4 @@ def steps(folder: Folder) -> str:
 
 
 # By the file that each is made of, in the order of the page.
-SECTIONS = {"steps": steps, "mnist": mnist, "overhead": overhead}
+SECTIONS = {"steps": steps, "mnist": mnist, "models": models.networks, "overhead": overhead}
