@@ -1,12 +1,12 @@
 """Who is compared: the same network without batch norm, with torch's, with ours, with ours fused; and noise."""
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse as fuse_by_fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import tritonbn
@@ -77,7 +77,9 @@ def network_of(name: str, begin: Start) -> nn.Module:
     if name == "none":
         return without_batch_norm(begin.network, begin.x)
     if name == "torch-folded":
-        return fuse_by_fx(begin.network)  # copies
+        # Not imported above: torch warns of what that module imports.
+        by_fx: nn.Module = importlib.import_module("torch.fx.experimental.optimization").fuse(begin.network)
+        return by_fx
     network = copy.deepcopy(begin.network)
     if name in ("fused", "tritonbn-folded"):
         tritonbn.convert(network, fuse=True)

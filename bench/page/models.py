@@ -31,7 +31,7 @@ def targets(folders: Sequence[Folder]) -> str:
     found = [folder for folder in folders if folder.gpu("models")]
     answers = [lines_to_cross(folder.files["models"]) for folder in found] or [lines_to_cross({"rows": [], "tax": []})]
     names = [f"{folder.gpu('models')}: " for folder in found] or [""]
-    head = ["whole networks", "line to cross", *(name + what for name in names for what in ("measured", "reached"))]
+    head = ["whole networks", "line", *(name + what for name in names for what in ("measured", "reached"))]
     lines = [
         (same[0].text, same[0].line, *(cell for answer in same for cell in measured(answer)))
         for same in zip(*answers, strict=True)
