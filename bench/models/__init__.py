@@ -71,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
     fill_in(args, device.type == "cuda")
     chosen = settings(args)
     images = None if args.data is None else Images(args.data, args.workers)
-    if images is not None and any(setting.image is None for setting in chosen):
-        raise BenchError("--data: expected networks that take images, got one that takes vectors")
+    if images is not None:
+        for setting in chosen:
+            images.check(setting)
     out = writable_folder(args.out)
     if not args.ddp:
         return measure(args, chosen, Crew(), device, images, out)

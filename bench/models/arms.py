@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -77,15 +78,21 @@ def network_of(name: str, begin: Start) -> nn.Module:
     if name == "none":
         return without_batch_norm(begin.network, begin.x)
     if name == "torch-folded":
-        # Not imported above: torch warns of what that module imports.
-        by_fx: nn.Module = importlib.import_module("torch.fx.experimental.optimization").fuse(begin.network)
-        return by_fx
+        return folded_by_torch(begin.network)
     network = copy.deepcopy(begin.network)
     if name in ("fused", "tritonbn-folded"):
         tritonbn.convert(network, fuse=True)
     elif name == "tritonbn":
         tritonbn.convert(network)
     return tritonbn.fold(network) if name == "tritonbn-folded" else network
+
+
+def folded_by_torch(network: nn.Module) -> nn.Module:
+    """A copy with batch norm folded into the layer before, by torch.fx."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of something that it imports
+        folded: nn.Module = importlib.import_module("torch.fx.experimental.optimization").fuse(network)
+    return folded
 
 
 def precision(dtype: str, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.errors import BenchError
 
 # Who waits for another process longer than this gives up: it failed amid a step, or compiles for very long.
-PATIENCE = timedelta(seconds=240)
+PATIENCE = timedelta(seconds=120)
 COMMAND = "torchrun --nproc_per_node=2 -m bench models --ddp"
 
 
@@ -40,7 +40,7 @@ class Crowd(Crew):
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self._device = dist.get_rank(), dist.get_world_size(), device
-        self._agreement = dist.new_group(backend="gloo", timeout=2 * PATIENCE)
+        self._agreement = dist.new_group(backend="gloo", timeout=5 * PATIENCE)
 
     def any(self, true: bool) -> bool:
         return bool(self._largest(torch.tensor(float(true))))

@@ -127,21 +127,27 @@ class Comparison:
         self.attempt(list(self.rows.values()), lambda: begin.append(make()))
         for name, row in self.rows.items() if begin else ():
             self.bench.tick(f"{name} warm-up")
+            before = allocated(self.device)
             self.arms[name] = arm = Arm(row)
-            self.attempt([row], partial(self.prepare, arm, begin[0]))
+            # Apart: processes that share a network wait for each other as soon as it is built in all of them.
+            self.attempt([row], partial(self.construct, arm, begin[0]))
+            if name in self.arms:
+                self.attempt([row], partial(self.prepare, arm, before))
 
-    def prepare(self, arm: Arm, begin: Start) -> None:
-        """Build the network, make its first steps, until they take the same time, and look at what one is made of."""
-        before, graphs, row = allocated(self.device), compiled_graphs(), arm.row
+    def construct(self, arm: Arm, begin: Start) -> None:
         network = arms.network_of(arm.provider, begin)
-        row |= rows.coverage(arm.provider, network, begin)
-        arm.work = work = Work(network, begin.x, begin.y, self.setting)
-        arm.state = work.state()
-        work.called = shared = self.crew.shared(network) if self.setting.training else network
+        arm.row |= rows.coverage(arm.provider, network, begin)
+        arm.work = Work(network, begin.x, begin.y, self.setting)
+        arm.state = arm.work.state()
+
+    def prepare(self, arm: Arm, before: int) -> None:
+        """The first steps, until they take the same time; what one is made of; its memory, with `before` allocated."""
+        work, row, graphs = arm.work, arm.row, compiled_graphs()
+        work.called = shared = self.crew.shared(work.network) if work.training else work.network
         if self.setting.compiled:
             work.called = torch.compile(shared, dynamic=False)
         torch.manual_seed(SEED)
-        row |= rows.warmed(turns.warm_up(work, self.device, self.crew))
+        row |= rows.warmed(turns.warm_up(work, self.device, self.crew.size > 1))
         held = allocated(self.device) - before
         peak = peak_bytes(work.step, self.device)
         row["peak_bytes"] = None if peak is None else held + peak
@@ -161,7 +167,7 @@ class Comparison:
 
     def replayed(self, arm: Arm, pool: Any) -> None:
         arm.work.capture(pool)
-        arm.row |= rows.warmed(turns.warm_up(arm.work, self.device, self.crew), arm.row)
+        arm.row |= rows.warmed(turns.warm_up(arm.work, self.device), arm.row)
 
     def first_steps(self, arm: Arm) -> None:
         """From the first weights again, with the same random numbers for all."""
@@ -207,11 +213,12 @@ class Comparison:
         """The same arms once more, with images from files."""
         self.bench.tick("with data")
         self.with_data = [reading.blank(self.setting, name, images, self.crew.size) for name in self.arms]
-        works = {name: arm.work for name, arm in self.arms.items()}
-        self.attempt(
-            self.with_data,
-            partial(reading.read, self.with_data, works, self.setting, images, self.bench.steps, self.crew),
-        )
+        works, found = {name: arm.work for name, arm in self.arms.items()}, dict[str, reading.Turns]()
+        read = partial(reading.read, works, self.setting, images, self.bench.steps, self.crew.rank)
+        self.attempt(self.with_data, lambda: found.update(read()))
+        for row in self.with_data:
+            if row["error"] is None:
+                row |= reading.summed(found[row["provider"]], self.crew)
 
 
 def impossible(setting: Setting, bench: Bench) -> str | None:

@@ -4,14 +4,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.errors import BenchError
 from bench.image_loader import Loader, loader
-from bench.images import splits
+from bench.images import Split, splits
 from bench.measure import synchronize
 from bench.models.crew import Crew
 from bench.models.settings import Setting
@@ -25,6 +25,18 @@ LEAD = 2  # steps of a turn that are not timed
 Row = dict[str, Any]
 
 
+class Turn(NamedTuple):
+    """Of one arm."""
+
+    images: int
+    seconds: float
+    waited: float  # seconds of them
+    skipped: int  # files that could not be read, so far
+
+
+Turns = list[Turn]
+
+
 class Images:
     """An image folder: training steps read `train`, cropped at random, inference `val`."""
 
@@ -33,15 +45,21 @@ class Images:
         self.train, self.val = splits(root)
         self.classes = len(self.train.classes)
 
-    def loader(self, setting: Setting, seed: int, pin: bool) -> Loader:
-        split = self.train if setting.training else self.val
+    def split(self, setting: Setting) -> Split:
+        return self.train if setting.training else self.val
+
+    def check(self, setting: Setting) -> None:
+        """BenchError unless the setting can be measured with these images."""
+        split = self.split(setting)
         if setting.image is None:
             raise BenchError(f"--data: expected networks that take images, got {setting.model}")
         if len(split) < setting.batch:
             raise BenchError(f"{split.folder}: expected at least {setting.batch} images, one batch; got {len(split)}")
-        return loader(
-            split, setting.batch, setting.image, training=setting.training, workers=self.workers, seed=seed, pin=pin
-        )
+
+    def loader(self, setting: Setting, seed: int, pin: bool) -> Loader:
+        assert setting.image is not None
+        split, training = self.split(setting), setting.training
+        return loader(split, setting.batch, setting.image, training=training, workers=self.workers, seed=seed, pin=pin)
 
 
 def endless(batches: Loader, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,21 +82,19 @@ def blank(setting: Setting, provider: str, images: Images, processes: int) -> Ro
     }  # fmt: skip
 
 
-def read(
-    rows: list[Row], works: Mapping[str, Work], setting: Setting, images: Images, steps: int, crew: Crew
-) -> None:  # fmt: skip
-    """Fill the rows: the arms take turns with one stream of batches."""
-    if not rows:
-        return
-    device, steps = next(iter(works.values())).x.device, -(-steps // ROUNDS)
-    batches = images.loader(setting, crew.rank, pin=device.type == "cuda")
+def read(works: Mapping[str, Work], setting: Setting, images: Images, steps: int, seed: int) -> dict[str, Turns]:
+    """The arms take turns with one stream of batches."""
+    found: dict[str, Turns] = {name: [] for name in works}
+    if not works:
+        return found
+    device = next(iter(works.values())).x.device
+    batches = images.loader(setting, seed, pin=device.type == "cuda")
     stream = endless(batches, setting.batch)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for start in range(ROUNDS):
         for name in rotated(list(works), start):
-            found[name].append(turn(works[name], stream, steps, device))
-    for row in rows:
-        row |= summed(found[row["provider"]], steps * setting.batch, crew) | {"skipped": batches.files.skipped}
+            seconds, waited = turn(works[name], stream, -(-steps // ROUNDS), device)
+            found[name].append(Turn(-(-steps // ROUNDS) * setting.batch, seconds, waited, batches.files.skipped))
+    return found
 
 
 def turn(work: Work, stream: Iterator[tuple[Tensor, Tensor]], steps: int, device: torch.device) -> tuple[float, float]:
@@ -97,13 +113,15 @@ def turn(work: Work, stream: Iterator[tuple[Tensor, Tensor]], steps: int, device
     return time.perf_counter() - start, waited
 
 
-def summed(turns: list[tuple[float, float]], images: int, crew: Crew) -> Row:
-    """Of turns with so many images each; the slowest process counts."""
-    seconds = crew.slowest(torch.tensor(turns, dtype=torch.float64))
-    per_second = quartiles((images * crew.size / seconds[:, 0]).tolist())
+def summed(turns: Turns, crew: Crew) -> Row:
+    """Of the turns of one arm; the slowest process counts."""
+    seconds = crew.slowest(torch.tensor([(turn.seconds, turn.waited) for turn in turns], dtype=torch.float64))
+    images = torch.tensor([crew.size * turn.images for turn in turns])
+    per_second = quartiles((images / seconds[:, 0]).tolist())
     return {
         "images_per_second": per_second.median,
         "images_per_second_low": per_second.low,
         "images_per_second_high": per_second.high,
         "waiting": float(seconds[:, 1].sum() / seconds[:, 0].sum()),
+        "skipped": turns[-1].skipped,
     }

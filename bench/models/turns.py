@@ -20,13 +20,15 @@ class Pace(NamedTuple):
 
     group: int  # of warm-up, before times are compared
     most: int  # groups of warm-up
+    together: int  # groups of warm-up with other processes
     stable: float  # by so much the median of a group may differ from that of the group before
     lead: int  # of each turn, not timed: the device was idle before
     block: int  # of each turn, timed
 
 
-CUDA = Pace(group=10, most=8, stable=0.03, lead=1, block=5)
-CPU = Pace(group=2, most=1, stable=math.inf, lead=0, block=1)  # no clocks and no tuners to wait for
+CUDA = Pace(group=10, most=8, together=3, stable=0.03, lead=1, block=5)
+# No clocks and no tuners to wait for.
+CPU = Pace(group=2, most=1, together=1, stable=math.inf, lead=0, block=1)
 
 
 def pace_of(device: torch.device) -> Pace:
@@ -40,16 +42,19 @@ class WarmUp(NamedTuple):
     stable: bool | None  # None where nobody asks
 
 
-def warm_up(work: Work, device: torch.device, crew: Crew) -> WarmUp:
-    """The first step, and then groups of steps until two in a row have the same median, in all processes."""
+def warm_up(work: Work, device: torch.device, together: bool = False) -> WarmUp:
+    """The first step, and then groups of steps until two in a row have the same median.
+
+    Together with other processes a fixed number of groups: steps wait for each other, and all must make the same.
+    """
     pace = pace_of(device)
     _, first = timed(work.step, device)
     total, groups, before, stable = first, 0, math.inf, False
-    while groups < pace.most and not stable:
+    while (groups < pace.together) if together else (groups < pace.most and not stable):
         clock = Clock(device)
         _, seconds = timed(lambda clock=clock: repeat(work, pace.group, clock), device)  # type: ignore[misc]
         median = whole(clock.milliseconds(work.marks)).median().item()
-        stable = not crew.any(abs(median / before - 1) > pace.stable)
+        stable = abs(median / before - 1) <= pace.stable
         total, groups, before = total + seconds, groups + 1, median
     return WarmUp(first, total, 1 + groups * pace.group, stable if math.isfinite(pace.stable) else None)
 
