@@ -86,8 +86,8 @@ class Job(NamedTuple):
         }
 
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Check the options, set the threads, load the data, and say what there is."""
+def prepare(args: argparse.Namespace, ours: bool = True) -> Job:
+    """Check the options, set the threads, load the data, and say what there is, `ours` being the batch norm or not."""
     at_most("--steps", args.steps, MOST_STEPS, "steps")
     at_most("--threads", args.threads, os.cpu_count() or 1, "threads, one per CPU")
     out = writable_folder(args.out)
@@ -98,7 +98,8 @@ def prepare(args: argparse.Namespace) -> Job:
         raise BenchError(f"{data}: expected at least {BATCH} training images, one batch")
     facts, kernels = machine(device), device.type == "cuda" or launch.INTERPRETED
     path = path_of(device) if kernels else "ATen reference (CPU tensors)"
-    introduce(facts, data, path)
+    path = path if ours else "nn.BatchNorm1d"
+    introduce(facts, data, "our batch norm" if ours else "batch norm", path)
     return Job(out, device, data, facts, kernels, path)
 
 
@@ -128,30 +129,21 @@ def path_of(device: torch.device) -> str:
     return "; ".join(["Triton kernels" + " in Triton's interpreter" * launch.INTERPRETED, *plans])
 
 
-def introduce(facts: dict[str, Any], data: mnist_data.Mnist, path: str) -> None:
+def introduce(facts: dict[str, Any], data: mnist_data.Mnist, norm: str, path: str) -> None:
     where = facts["cpu"] if facts["device"] == "CPU" else f"{facts['device']}, {facts['cpu']}"
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "tritonbn", "python"))
     for name, text in (
         ("data", f"{data}, {data.origin}"),
         ("device", f"{where}, {mnist_tables.counted(facts['threads'], 'thread')}"),
         ("versions", f"{versions}, commit {facts['commit'] or 'unknown'}"),
-        ("our batch norm", path),
+        (norm, path),
     ):
         console.print(f"{name + ':':<16}{text}", soft_wrap=True)
 
 
 def train(data: mnist_data.Mnist, steps: int, seeds: Sequence[int]) -> list[Row]:
     """All arms with all seeds, with a bar for each arm where somebody is looking."""
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]:>7}"),
-        TimeRemainingColumn(),
-    )
-    # Drawn between blocks only: a thread that redraws would take its time from the arms.
-    quiet = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=quiet) as progress:
+    with bars("accuracy") as progress:
         tasks = {
             arm: progress.add_task(mnist_tables.LABELS[arm], total=steps * len(seeds), accuracy="") for arm in ARMS
         }
@@ -160,6 +152,19 @@ def train(data: mnist_data.Mnist, steps: int, seeds: Sequence[int]) -> list[Row]
             progress.update(tasks[arm.name], advance=count, accuracy=f"{arm.accuracies[-1]:.2f}%", refresh=True)
 
         return [row for seed in seeds for row in training.train_arms(data, seed, steps, advance)]
+
+
+def bars(field: str) -> Progress:
+    """Bars of steps, each with a field of its own, on a terminal; nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[{field}]:>7}}"),
+        TimeRemainingColumn(),
+    )
+    # Drawn between blocks only: a thread that redraws would take its time from the arms.
+    return Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

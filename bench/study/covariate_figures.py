@@ -1,0 +1,99 @@
+"""The two explanations in figures, one number per run each, and who has the smaller one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+from bench.drift import SETTLED
+from bench.mnist_tables import counted
+
+Row = dict[str, Any]  # of `bench.study.watched`
+LAYERS = ("first", "second", "last")
+DRIFT = "drift of the hidden distributions (Ioffe & Szegedy 2015)"
+SMOOTHNESS = "smoothness of the loss (Santurkar et al. 2018)"
+
+
+class Figure(NamedTuple):
+    """Smaller is steadier, or smoother."""
+
+    explanation: str
+    name: str
+    unit: str
+    without: list[float]  # one per seed
+    with_bn: list[float]
+
+    @property
+    def factor(self) -> float:
+        """How many times smaller with batch norm, by the means."""
+        return (sum(self.without) / len(self.without)) / (sum(self.with_bn) / len(self.with_bn))
+
+    @property
+    def verdict(self) -> str:
+        """In words; nothing is said where one seed without is below and another above one with batch norm."""
+        if max(self.with_bn) < min(self.without):
+            return f"{self.factor:.3g} times less"
+        if min(self.with_bn) > max(self.without):
+            return f"{1 / self.factor:.3g} times more"
+        return "seeds overlap"
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    without, with_bn = ([row for row in rows if (row["arm"] == "none") is none] for none in (True, False))
+    every = rows[0]["moments"][1] - rows[0]["moments"][0]
+    return [
+        Figure(explanation, name, unit, [of(row) for row in without], [of(row) for row in with_bn])
+        for explanation, name, unit, of in measures(every)
+    ]
+
+
+def measures(every: int) -> Iterator[tuple[str, str, str, Callable[[Row], float]]]:
+    """Explanation, name, unit, and the number of a run. The unit of a length is that of the parameters."""
+    for index, layer in enumerate(LAYERS):
+        yield DRIFT, f"shift, {layer} hidden layer", "widths", partial(drifted, "shift", index)
+        yield DRIFT, f"growth, {layer} hidden layer", "", partial(drifted, "growth", index)
+        yield DRIFT, f"change in {counted(every, 'step')}, {layer} hidden layer", "widths", partial(changed, index)
+    series: tuple[tuple[str, str, Callable[[Row], Sequence[float]]], ...] = (
+        ("variation of the loss along the gradient", "nats", variation),
+        ("largest change of the gradient along it", "nats/unit", lambda row: row["landscape"]["change_high"]),
+        ("the same / length of the gradient", "", relative_change),
+        ("effective beta-smoothness", "nats/unit^2", lambda row: row["landscape"]["beta"]),
+        ("length of the gradient itself", "nats/unit", lambda row: row["landscape"]["gradient"]),
+        ("internal covariate shift (definition 2.1)", "nats/unit", partial(over_layers, "distance")),
+        ("the same as an angle: 1 - cosine", "", lambda row: [1 - value for value in over_layers("cosine", row)]),
+    )
+    for name, unit, of in series:
+        yield SMOOTHNESS, name, unit, partial(lately, of)
+
+
+def drifted(name: str, layer: int, row: Row) -> float:
+    return float(row["layers"][layer]["drift"][name])
+
+
+def changed(layer: int, row: Row) -> float:
+    return typical(row, row["layers"][layer]["change"])
+
+
+def variation(row: Row) -> list[float]:
+    found = row["landscape"]
+    return [high - low for low, high in zip(found["loss_low"], found["loss_high"], strict=True)]
+
+
+def relative_change(row: Row) -> list[float]:
+    found = row["landscape"]
+    return [change / length for change, length in zip(found["change_high"], found["gradient"], strict=True)]
+
+
+def over_layers(name: str, row: Row) -> list[float]:
+    """The mean over the layers that have some, at each moment."""
+    return [sum(layers) / len(layers) for layers in row["internal_shift"][name]]
+
+
+def lately(of: Callable[[Row], Sequence[float]], row: Row) -> float:
+    return typical(row, of(row))
+
+
+def typical(row: Row, values: Sequence[float | None]) -> float:
+    """The median over the moments that count: from step 1,000 on, or all of a run that ends before."""
+    late = [value for step, value in zip(row["moments"], values, strict=True) if step >= SETTLED]
+    return median([value for value in late or values if value is not None])

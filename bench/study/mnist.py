@@ -1,0 +1,81 @@
+"""The paper's figure 1 over seeds: `python -m bench study mnist`, the job of `bench mnist` at full length."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import agreement, mnist_tables
+from bench import mnist as job_of
+from bench.console import console
+from bench.files import write_json
+from bench.measure import machine
+from bench.study import expected, kept, mnist_picture, mnist_words
+from bench.training import Row
+
+NAME = "study-mnist"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    job_of.add_arguments(parser)
+    parser.set_defaults(steps=expected.STEPS, seeds=expected.GAIN_SEEDS, out=Path("out/study"))
+    parser.epilog = (
+        f"Finished seeds are kept in OUT/{NAME}/ and not trained again. At {expected.STEPS} steps on MNIST the results"
+        " are compared with the values expected; the exit code is 1 where one lies outside."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    job = job_of.prepare(args)
+    rows, machines = train(job, args)
+    reason = expected.inapplicable(rows, job.data.name)
+    found = [] if reason else expected.check(rows)
+    follows = agreement.check(rows)
+    notes = mnist_words.notes(rows)
+    results = job.content | {
+        "settings": job_of.settings(args),
+        "kernels_compared": job.kernels,
+        "expected": {"not_applicable": reason or None, "findings": [finding.content for finding in found]},
+        "check": [asdict(finding) | {"passed": finding.passed} for finding in follows],
+        "notes": notes,
+        "machines": machines,
+        "arms": rows,
+    }
+    path, picture = job.out / f"{NAME}.json", job.out / f"{NAME}.png"
+    write_json(path, results)
+    mnist_picture.draw(rows, str(job.data), picture)
+    tables = (
+        mnist_tables.summary(rows, job.data.name),
+        mnist_tables.agreement(follows, job.kernels),
+        mnist_words.drifts(rows),
+        *([] if reason else [mnist_words.findings(found)]),
+    )
+    console.print(*tables, crop=False)
+    for line in (f"Not compared: {reason}." if reason else "", *notes, f"Written: {path} and {picture}"):
+        if line:
+            console.print(line, soft_wrap=True)
+    good = all(finding.inside for finding in found) and all(finding.passed is not False for finding in follows)
+    return 0 if good else 1
+
+
+def train(job: job_of.Job, args: argparse.Namespace) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of all seeds, those kept by an earlier run among them, and which machine and commit each seed is of."""
+    follows = ("seeds", "evaluated_at")  # any number of seeds goes on; the other follows from the steps
+    identity = {name: value for name, value in job_of.settings(args).items() if name not in follows}
+    identity |= {"data": job.data.name, "data_sha256": kept.digest(job.data)}
+    identity |= {name: job.facts[name] for name in ("device", "threads")}
+    paths = [job.out / NAME / f"seed-{seed}.json" for seed in range(args.seeds)]
+    results = [kept.read(path, identity) for path in paths]  # all, before an hour is spent on one of them
+    data = job.data.to(job.device)
+    for seed, path in enumerate(paths):
+        if results[seed] is None:
+            rows = job_of.train(data, args.steps, [seed])
+            results[seed] = {"machine": machine(job.device), "arms": rows}
+            kept.write(path, identity, results[seed] or {})
+            seconds = sum(row["seconds"] for row in rows)
+            console.print(f"{f'seed {seed}:':<16}{seconds:.0f} s of training, kept in {path}", soft_wrap=True)
+        else:
+            console.print(f"{f'seed {seed}:':<16}from {path}", soft_wrap=True)
+    whole = [result for result in results if result is not None]
+    machines = [{"seed": seed} | result["machine"] for seed, result in enumerate(whole)]
+    return [row for result in whole for row in result["arms"]], machines
