@@ -9,7 +9,6 @@ from bench import agreement, mnist_tables
 from bench import mnist as job_of
 from bench.console import console
 from bench.files import write_json
-from bench.measure import machine
 from bench.study import expected, kept, mnist_picture, mnist_words
 from bench.training import Row
 
@@ -65,17 +64,16 @@ def train(job: job_of.Job, args: argparse.Namespace) -> tuple[list[Row], list[di
     identity |= {"data": job.data.name, "data_sha256": kept.digest(job.data)}
     identity |= {name: job.facts[name] for name in ("device", "threads")}
     paths = [job.out / NAME / f"seed-{seed}.json" for seed in range(args.seeds)]
-    results = [kept.read(path, identity) for path in paths]  # all, before an hour is spent on one of them
-    data = job.data.to(job.device)
+    earlier = [kept.read(path, identity) for path in paths]  # all, before minutes are spent on one of them
+    data, results = job.data.to(job.device), []
     for seed, path in enumerate(paths):
-        if results[seed] is None:
+        result, text = earlier[seed], f"from {path}"
+        if result is None:
             rows = job_of.train(data, args.steps, [seed])
-            results[seed] = {"machine": machine(job.device), "arms": rows}
-            kept.write(path, identity, results[seed] or {})
-            seconds = sum(row["seconds"] for row in rows)
-            console.print(f"{f'seed {seed}:':<16}{seconds:.0f} s of training, kept in {path}", soft_wrap=True)
-        else:
-            console.print(f"{f'seed {seed}:':<16}from {path}", soft_wrap=True)
-    whole = [result for result in results if result is not None]
-    machines = [{"seed": seed} | result["machine"] for seed, result in enumerate(whole)]
-    return [row for result in whole for row in result["arms"]], machines
+            result = {"machine": job.facts, "arms": rows}
+            kept.write(path, identity, result)
+            text = f"{sum(row['seconds'] for row in rows):.0f} s of training, kept in {path}"
+        results.append(result)
+        console.print(f"{f'seed {seed}:':<16}{text}", soft_wrap=True)
+    machines = [{"seed": seed} | result["machine"] for seed, result in enumerate(results)]
+    return [row for result in results for row in result["arms"]], machines
