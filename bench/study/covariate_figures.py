@@ -1,14 +1,16 @@
 """The two explanations in figures, one number per run each, and who has the smaller one."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 from bench.drift import SETTLED
-from bench.mnist_tables import counted
+from bench.mnist_tables import counted, spread
 
 Row = dict[str, Any]  # of `bench.study.watched`
+COLUMNS = ("smaller is steadier", "unit", "no batch norm", "batch norm", "with batch norm")
 LAYERS = ("first", "second", "last")
 DRIFT = "drift of the hidden distributions (Ioffe & Szegedy 2015)"
 SMOOTHNESS = "smoothness of the loss (Santurkar et al. 2018)"
@@ -26,16 +28,28 @@ class Figure(NamedTuple):
     @property
     def factor(self) -> float:
         """How many times smaller with batch norm, by the means."""
-        return (sum(self.without) / len(self.without)) / (sum(self.with_bn) / len(self.with_bn))
+        return ratio(sum(self.without), sum(self.with_bn)) * len(self.with_bn) / len(self.without)
 
     @property
     def verdict(self) -> str:
-        """In words; nothing is said where one seed without is below and another above one with batch norm."""
+        """In words; only where all seeds with batch norm are on one side of all seeds without."""
+        if not all(map(math.isfinite, (*self.without, *self.with_bn))):
+            return "not finite"
         if max(self.with_bn) < min(self.without):
             return f"{self.factor:.3g} times less"
         if min(self.with_bn) > max(self.without):
-            return f"{1 / self.factor:.3g} times more"
+            return f"{ratio(1, self.factor):.3g} times more"
         return "seeds overlap"
+
+    @property
+    def line(self) -> list[str]:
+        """The cells of `COLUMNS`."""
+        values = (spread(seeds, "{:.3g}", " ") for seeds in (self.without, self.with_bn))
+        return [self.name, self.unit, *values, self.verdict]
+
+
+def ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
@@ -81,7 +95,7 @@ def variation(row: Row) -> list[float]:
 
 def relative_change(row: Row) -> list[float]:
     found = row["landscape"]
-    return [change / length for change, length in zip(found["change_high"], found["gradient"], strict=True)]
+    return list(map(ratio, found["change_high"], found["gradient"]))
 
 
 def over_layers(name: str, row: Row) -> list[float]:

@@ -21,16 +21,15 @@ from rich.table import Table
 from bench import mnist as job_of
 from bench.console import console
 from bench.files import write_json
-from bench.mnist_tables import LABELS, counted, spread, uncut
+from bench.mnist_tables import LABELS, counted, uncut
 from bench.study import covariate_picture
-from bench.study.covariate_figures import Figure, figures
+from bench.study.covariate_figures import COLUMNS, Figure, figures
 from bench.study.landscape import FACTORS
 from bench.study.mnist_words import plain
 from bench.study.watched import watch
 from bench.training import BATCH, PROBE_IMAGES
 
 NAME = "study-covariate-shift"
-COLUMNS = ("smaller is steadier", "unit", "no batch norm", "batch norm", "with batch norm")
 NOTES = (
     "Measured with one learning rate, on one small network. A figure that is smaller with batch norm goes with its"
     " faster training here; that does not make it the cause.",
@@ -87,11 +86,5 @@ def table(found: Sequence[Figure], heading: str) -> Table:
         if figure.explanation != explanation:
             explanation = figure.explanation
             made.add_row(f"{explanation}:")
-        made.add_row(*line(figure))
+        made.add_row(*figure.line)
     return uncut(made, 0)
-
-
-def line(figure: Figure) -> list[str]:
-    """The cells of `COLUMNS`."""
-    values = (spread(seeds, "{:.3g}", " ") for seeds in (figure.without, figure.with_bn))
-    return [figure.name, figure.unit, *values, figure.verdict]

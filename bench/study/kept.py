@@ -16,7 +16,7 @@ def read(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        theirs, found = content["identity"], content["result"]
+        theirs, found = dict(content["identity"]), dict(content["result"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise BenchError(f"{path}: expected what this command kept, got {type(error).__name__}: {error}") from None
     if theirs != identity:
@@ -29,7 +29,7 @@ def read(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             f"{path}: kept by a run with {'; '.join(differences)}: expected the same settings, another --out,"
             f" or {path.parent} deleted"
         )
-    return dict(found)
+    return found
 
 
 def write(path: Path, identity: dict[str, Any], result: dict[str, Any]) -> None:
