@@ -211,14 +211,24 @@ def test_verdict(without: list[float], with_bn: list[float], verdict: str) -> No
 
 def test_figures_are_medians_of_what_counts(results: Path) -> None:
     rows = json.loads((results / "study-covariate-shift.json").read_text())["arms"]
+    early, late = (f"{SMOOTHNESS}{when}" for when in (", first 1,000 steps", ", from step 1,000 on"))
     for row in rows:
         row["moments"] = [0, 400, 800, 1200, 1600, 2000]
-        row["landscape"]["loss_low"], row["landscape"]["loss_high"] = [0.0] * 6, [9.0, 9, 9, 1, 2, 4 + row["seed"]]
-    found = {figure.name: figure for figure in figures(rows)}
-    assert found["variation of the loss along the gradient"].without == [2, 2]
+        row["landscape"]["loss_low"], row["landscape"]["loss_high"] = [0.0] * 6, [9.0, 7, 8, 1, 2, 4 + row["seed"]]
+    found = {(figure.explanation, figure.name): figure for figure in figures(rows)}
+    assert found[early, "variation of the loss along the gradient"].without == [8, 8]
+    assert found[late, "variation of the loss along the gradient"].without == [2, 2]
     change = rows[0]["layers"][2]["change"]
-    assert found["change in 400 steps, last hidden layer"].without[0] == sorted(change[3:])[1]
-    assert [figure.explanation for figure in found.values()] == [DRIFT] * 9 + [SMOOTHNESS] * 7
+    assert found[DRIFT, "change in 400 steps, last hidden layer"].without[0] == sorted(change[3:])[1]
+    assert [explanation for explanation, _ in found] == [DRIFT] * 9 + [early] * 7 + [late] * 7
+
+
+def test_a_short_run_is_looked_at_as_a_whole(results: Path) -> None:
+    rows = json.loads((results / "study-covariate-shift.json").read_text())["arms"]
+    found = {figure.name: figure for figure in figures(rows)}
+    assert {figure.explanation for figure in found.values()} == {DRIFT, SMOOTHNESS}
+    beta = sorted(rows[0]["landscape"]["beta"])
+    assert found["effective beta-smoothness"].without[0] == pytest.approx((beta[2] + beta[3]) / 2)
 
 
 def test_json_says_everything(results: Path) -> None:

@@ -141,7 +141,7 @@ def test_findings_in_words() -> None:
     lines = list(mnist_words.finding_lines(expected.check(as_expected(torch={1_000: 92.5}))))
     assert lines[0] == ["accuracy at 1,000", "no batch norm", "50.00 (50.00-50.00)", "35.00-68.00 %", "yes"]
     assert lines[6] == ["accuracy at 1,000", "nn.BatchNorm1d", "92.50 (92.50-92.50)", "89.50-92.00 %", "NO"]
-    assert lines[10] == ["first with 90%", "nn.BatchNorm1d", "700 (700-700)", "500-1,000 step", "yes"]
+    assert lines[10] == ["first with 90%", "nn.BatchNorm1d", "700 (700-700)", "step 500-1,000", "yes"]
 
 
 def test_notes_hold_what_was_seen() -> None:

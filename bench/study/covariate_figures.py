@@ -54,38 +54,46 @@ def ratio(above: float, below: float) -> float:
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
     without, with_bn = ([row for row in rows if (row["arm"] == "none") is none] for none in (True, False))
-    every = rows[0]["moments"][1] - rows[0]["moments"][0]
     return [
         Figure(explanation, name, unit, [of(row) for row in without], [of(row) for row in with_bn])
-        for explanation, name, unit, of in measures(every)
+        for explanation, name, unit, of in measures(rows[0]["moments"])
     ]
 
 
-def measures(every: int) -> Iterator[tuple[str, str, str, Callable[[Row], float]]]:
+def measures(moments: Sequence[int]) -> Iterator[tuple[str, str, str, Callable[[Row], float]]]:
     """Explanation, name, unit, and the number of a run. The unit of a length is that of the parameters."""
+    every = counted(moments[1] - moments[0], "step")
+    windows = periods(moments)
+    last = list(windows.values())[-1]
     for index, layer in enumerate(LAYERS):
         yield DRIFT, f"shift, {layer} hidden layer", "widths", partial(drifted, "shift", index)
         yield DRIFT, f"growth, {layer} hidden layer", "", partial(drifted, "growth", index)
-        yield DRIFT, f"change in {counted(every, 'step')}, {layer} hidden layer", "widths", partial(changed, index)
-    series: tuple[tuple[str, str, Callable[[Row], Sequence[float]]], ...] = (
-        ("variation of the loss along the gradient", "nats", variation),
-        ("largest change of the gradient along it", "nats/unit", lambda row: row["landscape"]["change_high"]),
-        ("the same / length of the gradient", "", relative_change),
-        ("effective beta-smoothness", "nats/unit^2", lambda row: row["landscape"]["beta"]),
-        ("length of the gradient itself", "nats/unit", lambda row: row["landscape"]["gradient"]),
-        ("internal covariate shift (definition 2.1)", "nats/unit", partial(over_layers, "distance")),
-        ("the same as an angle: 1 - cosine", "", lambda row: [1 - value for value in over_layers("cosine", row)]),
-    )
-    for name, unit, of in series:
-        yield SMOOTHNESS, name, unit, partial(lately, of)
+        yield (
+            DRIFT,
+            f"change in {every}, {layer} hidden layer",
+            "widths",
+            partial(typical, last, partial(change, index)),
+        )
+    for period, window in windows.items():
+        for name, unit, of in SERIES:
+            yield f"{SMOOTHNESS}{period}", name, unit, partial(typical, window, of)
+
+
+def periods(moments: Sequence[int]) -> dict[str, slice]:
+    """Which moments are looked at together, by name: before and after things have settled; all of a shorter run."""
+    first = sum(moment < SETTLED for moment in moments)
+    if first == len(moments):
+        return {"": slice(None)}
+    return {f", first {SETTLED:,} steps": slice(first), f", from step {SETTLED:,} on": slice(first, None)}
 
 
 def drifted(name: str, layer: int, row: Row) -> float:
     return float(row["layers"][layer]["drift"][name])
 
 
-def changed(layer: int, row: Row) -> float:
-    return typical(row, row["layers"][layer]["change"])
+def change(layer: int, row: Row) -> list[float | None]:
+    found: list[float | None] = row["layers"][layer]["change"]
+    return found
 
 
 def variation(row: Row) -> list[float]:
@@ -98,16 +106,31 @@ def relative_change(row: Row) -> list[float]:
     return list(map(ratio, found["change_high"], found["gradient"]))
 
 
+def of_landscape(name: str, row: Row) -> list[float]:
+    found: list[float] = row["landscape"][name]
+    return found
+
+
 def over_layers(name: str, row: Row) -> list[float]:
     """The mean over the layers that have some, at each moment."""
     return [sum(layers) / len(layers) for layers in row["internal_shift"][name]]
 
 
-def lately(of: Callable[[Row], Sequence[float]], row: Row) -> float:
-    return typical(row, of(row))
+def turn(row: Row) -> list[float]:
+    return [1 - cosine for cosine in over_layers("cosine", row)]
 
 
-def typical(row: Row, values: Sequence[float | None]) -> float:
-    """The median over the moments that count: from step 1,000 on, or all of a run that ends before."""
-    late = [value for step, value in zip(row["moments"], values, strict=True) if step >= SETTLED]
-    return median([value for value in late or values if value is not None])
+def typical(window: slice, of: Callable[[Row], Sequence[float | None]], row: Row) -> float:
+    """The median over these moments."""
+    return median([value for value in of(row)[window] if value is not None])
+
+
+SERIES: tuple[tuple[str, str, Callable[[Row], Sequence[float]]], ...] = (
+    ("variation of the loss along the gradient", "nats", variation),
+    ("largest change of the gradient along it", "nats/unit", partial(of_landscape, "change_high")),
+    ("the same / length of the gradient", "", relative_change),
+    ("effective beta-smoothness", "nats/unit^2", partial(of_landscape, "beta")),
+    ("length of the gradient itself", "nats/unit", partial(of_landscape, "gradient")),
+    ("internal covariate shift (definition 2.1)", "nats/unit", partial(over_layers, "distance")),
+    ("the same as an angle: 1 - cosine", "", turn),
+)

@@ -7,8 +7,8 @@ distributions from drifting; Santurkar et al. 2018 (arXiv:1805.11604), that it m
 Drift, of the inputs of each hidden layer's sigmoids for 2,000 fixed training images with batch statistics; each figure
 is the median over the layer's units. Shift: range of the median over time / mean 15-85% width. Growth: largest width /
 smallest. Change: 1-Wasserstein distance between a unit's inputs at two moments, one hundredth of the run apart, / the
-mean of both widths; median over time. Smoothness is that of the loss of one fixed training batch of 60, in training
-mode, see `bench.study.landscape`; median over time. Nothing before step 1,000 counts.
+mean of both widths; median over time. Nothing before step 1,000 counts. Smoothness is that of the loss of one fixed
+training batch of 60, in training mode, see `bench.study.landscape`; median over time, before step 1,000 and after.
 """
 
 import argparse
@@ -33,6 +33,7 @@ NAME = "study-covariate-shift"
 NOTES = (
     "Measured with one learning rate, on one small network. A figure that is smaller with batch norm goes with its"
     " faster training here; that does not make it the cause.",
+    "Arms are compared at equal steps, where the one with batch norm is further in its training: its loss is smaller.",
     "The unit of parameters is in all gradients, and batch norm makes the scale of weights irrelevant: compare lengths"
     " beside that of the gradient itself. A long gradient also moves the loss further, down included.",
 )

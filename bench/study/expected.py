@@ -23,13 +23,6 @@ ACCURACY: dict[int, tuple[Band, Band]] = {
 }
 ARRIVAL: dict[int, tuple[Band, Band]] = {90: ((4_000, 6_000), (500, 1_000)), 95: ((10_000, 14_000), (5_000, 8_000))}
 GAIN: Band = (0.3, 0.7)  # points at the end, same seed, mean of three seeds or more
-# Seen, not a band: nothing is decided by it. See `bench.drift.Drift`.
-DRIFT_SEEN = {
-    "shift": ("1.04-1.29", "0.05"),
-    "growth": ("3.2-4.0", "1.55-1.58"),
-    "width_first": ("0.3", "2.6"),
-    "width_last": ("1.1", "4.0"),
-}
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from rich import box
 from rich.table import Table
 
 from bench.mnist_tables import LABELS, arrivals, spread, uncut
-from bench.study.expected import DRIFT_SEEN, Finding, all_gains
+from bench.study.expected import Finding, all_gains
 from bench.training import ARMS, Row
 
 FINDINGS = ("", "arm", "seen: mean (range)", "expected", "inside?")
-DRIFTS = ("last hidden layer, median over units", *LABELS.values(), "seen before at full length, without / with")
+DRIFTS = ("last hidden layer, median over units", *LABELS.values())
 DRIFT_LABELS = {
     "shift": "shift: range of the median / mean width",
     "growth": "growth: largest width / smallest",
@@ -28,12 +28,12 @@ def findings(found: Sequence[Finding]) -> Table:
 
 def finding_lines(found: Sequence[Finding]) -> Iterator[list[str]]:
     for finding in found:
-        text = "{:,.0f}" if finding.unit == "step" else "{:.2f}"
         if finding.unit == "step":
             seen = arrivals([None if value is None else int(value) for value in finding.seen], " ")
+            band = f"step {finding.low:,.0f}-{finding.high:,.0f}"
         else:
-            seen = "-" if None in finding.seen else spread([value or 0 for value in finding.seen], text, " ")
-        band = f"{text.format(finding.low)}-{text.format(finding.high)} {finding.unit}"
+            seen = "-" if None in finding.seen else spread([value or 0 for value in finding.seen], "{:.2f}", " ")
+            band = f"{finding.low:.2f}-{finding.high:.2f} {finding.unit}"
         yield [finding.what, LABELS[finding.arm], seen, band, "yes" if finding.inside else "NO"]
 
 
@@ -47,7 +47,7 @@ def drifts(rows: Sequence[Row]) -> Table:
 def drift_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
     for name, label in DRIFT_LABELS.items():
         arms = ([row["drift"][name] for row in rows if row["arm"] == arm] for arm in ARMS)
-        yield [label, *(spread(values, "{:.2f}", " ") for values in arms), " / ".join(DRIFT_SEEN[name])]
+        yield [label, *(spread(values, "{:.2f}", " ") for values in arms)]
 
 
 def plain(title: str, columns: Sequence[str], words: int) -> Table:
