@@ -12,20 +12,18 @@ training batch of 60, in training mode, see `bench.study.landscape`; median over
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from bench import mnist as job_of
-from bench.console import console
+from bench.console import console, print_columns
 from bench.files import write_json
-from bench.mnist_tables import LABELS, counted, uncut
+from bench.mnist_tables import LABELS, counted
 from bench.study import covariate_picture
 from bench.study.covariate_figures import COLUMNS, Figure, figures
 from bench.study.landscape import FACTORS
-from bench.study.mnist_words import plain
 from bench.study.watched import watch
 from bench.training import BATCH, PROBE_IMAGES
 
@@ -52,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     rows = train(job, args)
     found = figures(rows)
     heading = f"{job.data.name}, {counted(args.steps, 'step')}, {counted(args.seeds, 'seed')}"
-    console.print(table(found, heading), crop=False)
+    console.print(f"\n{heading}: mean (range)\n", soft_wrap=True)
+    show(found)
     path, picture = job.out / f"{NAME}.json", job.out / f"{NAME}.png"
     results = job.content | {
         "settings": job_of.settings(args)
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(path, results)
     covariate_picture.draw(rows, f"{job.data}; {counted(args.steps, 'step')} of {BATCH}", picture)
-    for line in (*NOTES, f"Written: {path} and {picture}"):
+    for line in ("", *NOTES, f"Written: {path} and {picture}"):
         console.print(line, soft_wrap=True)
     return 0
 
@@ -80,12 +79,10 @@ def train(job: job_of.Job, args: argparse.Namespace) -> list[dict[str, Any]]:
         return [row for seed in range(args.seeds) for row in watch(data, seed, args.steps, arms, advance)]
 
 
-def table(found: Sequence[Figure], heading: str) -> Table:
-    made = plain(f"{heading}: mean (range)", COLUMNS, words=2)
-    explanation = ""
-    for figure in found:
-        if figure.explanation != explanation:
-            explanation = figure.explanation
-            made.add_row(f"{explanation}:")
-        made.add_row(*figure.line)
-    return uncut(made, 0)
+def show(found: Sequence[Figure]) -> None:
+    """A line for each figure, under the explanation that it belongs to."""
+    lines: list[Sequence[str]] = [COLUMNS]
+    for explanation, belonging in itertools.groupby(found, lambda figure: figure.explanation):
+        lines += [[""] * len(COLUMNS), [f"{explanation}:", *[""] * (len(COLUMNS) - 1)]]
+        lines += [figure.line for figure in belonging]
+    print_columns(lines)

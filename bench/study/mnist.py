@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import agreement, mnist_tables
 from bench import mnist as job_of
-from bench.console import console
+from bench.console import console, print_columns
 from bench.files import write_json
 from bench.study import expected, kept, mnist_picture, mnist_words
 from bench.training import Row
@@ -43,16 +43,14 @@ def run(args: argparse.Namespace) -> int:
     path, picture = job.out / f"{NAME}.json", job.out / f"{NAME}.png"
     write_json(path, results)
     mnist_picture.draw(rows, str(job.data), picture)
-    tables = (
-        mnist_tables.summary(rows, job.data.name),
-        mnist_tables.agreement(follows, job.kernels),
-        mnist_words.drifts(rows),
-        *([] if reason else [mnist_words.findings(found)]),
-    )
-    console.print(*tables, crop=False)
-    for line in (f"Not compared: {reason}." if reason else "", *notes, f"Written: {path} and {picture}"):
-        if line:
-            console.print(line, soft_wrap=True)
+    console.print(mnist_tables.summary(rows, job.data.name), mnist_tables.agreement(follows, job.kernels), crop=False)
+    print_columns([mnist_words.DRIFTS, *mnist_words.drift_lines(rows)])
+    if found:
+        console.print("\nEvery seed against the band for one run:")
+        outside = {index for index, finding in enumerate(found, 1) if not finding.inside}
+        print_columns([mnist_words.FINDINGS, *mnist_words.finding_lines(found)], red=outside)
+    for line in ("", *([f"Not compared: {reason}."] if reason else []), *notes, f"Written: {path} and {picture}"):
+        console.print(line, soft_wrap=True)
     good = all(finding.inside for finding in found) and all(finding.passed is not False for finding in follows)
     return 0 if good else 1
 

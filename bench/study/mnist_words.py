@@ -2,10 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
-from rich.table import Table
-
-from bench.mnist_tables import LABELS, arrivals, spread, uncut
+from bench.mnist_tables import LABELS, arrivals, spread
 from bench.study.expected import Finding, all_gains
 from bench.training import ARMS, Row
 
@@ -19,13 +16,6 @@ DRIFT_LABELS = {
 }
 
 
-def findings(found: Sequence[Finding]) -> Table:
-    table = plain("Every seed against the band for one run", FINDINGS, words=2)
-    for line in finding_lines(found):
-        table.add_row(*line)
-    return uncut(table, 0)
-
-
 def finding_lines(found: Sequence[Finding]) -> Iterator[list[str]]:
     for finding in found:
         if finding.unit == "step":
@@ -37,25 +27,10 @@ def finding_lines(found: Sequence[Finding]) -> Iterator[list[str]]:
         yield [finding.what, LABELS[finding.arm], seen, band, "yes" if finding.inside else "NO"]
 
 
-def drifts(rows: Sequence[Row]) -> Table:
-    table = plain("Drift of the sigmoid's inputs", DRIFTS, words=1)
-    for line in drift_lines(rows):
-        table.add_row(*line)
-    return uncut(table, 0)
-
-
 def drift_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
     for name, label in DRIFT_LABELS.items():
         arms = ([row["drift"][name] for row in rows if row["arm"] == arm] for arm in ARMS)
         yield [label, *(spread(values, "{:.2f}", " ") for values in arms)]
-
-
-def plain(title: str, columns: Sequence[str], words: int) -> Table:
-    """The first columns are words, the others numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < words else "right")
-    return table
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
