@@ -7,12 +7,12 @@ from bench.study.expected import Finding, all_gains
 from bench.training import ARMS, Row
 
 FINDINGS = ("", "arm", "seen: mean (range)", "expected", "inside?")
-DRIFTS = ("last hidden layer, median over units", *LABELS.values())
+DRIFTS = ("last hidden layer once settled, median over units", *LABELS.values())
 DRIFT_LABELS = {
     "shift": "shift: range of the median / mean width",
     "growth": "growth: largest width / smallest",
-    "width_first": "15-85% width, settled",
-    "width_last": "15-85% width, at the end",
+    "width_first": "15-85% width, first",
+    "width_last": "15-85% width, last",
 }
 
 
