@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def test_landscape_of_a_quadratic_loss() -> None:
     assert torch.equal(parameters[1], u)
 
 
+def test_beta_is_the_largest_over_the_steps() -> None:
+    """L = t^3 / 3 at 1: over a step eta its gradient t^2 changes by 2 eta - eta^2, so that the shortest bends most."""
+    t = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = landscape.landscape(lambda: (t**3).sum() / 3, [t], RATE)
+    assert found.beta == pytest.approx(2 - RATE / 2, rel=1e-12)
+
+
 def test_a_linear_loss_is_perfectly_smooth() -> None:
     t, slope = torch.zeros(3, dtype=torch.float64, requires_grad=True), torch.tensor([3.0, 0.0, 4.0]).double()
     found = landscape.landscape(lambda: (t * slope).sum(), [t], RATE)
@@ -140,6 +148,15 @@ def test_change_is_that_of_the_typical_unit_in_widths(data: mnist_data.Mnist) ->
     width = drift.width(each.percentiles[0][0])
     assert each.changes[0][0] == pytest.approx(float((3 / width).median()), rel=1e-4)
     assert each.changes[0][1] > 0
+
+
+def test_the_order_of_the_images_is_no_change(data: mnist_data.Mnist) -> None:
+    each = watched.Watched("tritonbn", 0, data)
+    each.look()
+    reverse = mnist_data.Split(data.train.images.flip(0), data.train.labels.flip(0))
+    each.data = replace(data, train=reverse)
+    each.look()
+    assert each.changes[0] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
 def test_percentiles_are_of_every_sigmoid(data: mnist_data.Mnist) -> None:

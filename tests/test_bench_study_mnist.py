@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks are an extra: pip insta
 
 from matplotlib.figure import Figure
 
-from bench import training
+from bench import mnist_data, training
 from bench.__main__ import main
 from bench.study import expected, kept, mnist_picture, mnist_words
 from bench.training import ARMS, Row
@@ -232,6 +232,16 @@ def test_broken_file_is_named(folder: Path, tmp_path: Path, text: str, capsys: p
     assert main(command(folder, tmp_path)) == 2
     assert str(path) in capsys.readouterr().err
     assert path.read_text() == text
+
+
+def test_one_pixel_or_label_is_other_data(folder: Path) -> None:
+    digests = set()
+    for part in ("", "images", "labels"):
+        data = mnist_data.load(folder)
+        if part:
+            getattr(data.test, part)[-1] = 1 - getattr(data.test, part)[-1]
+        digests.add(kept.digest(data))
+    assert len(digests) == 3
 
 
 def test_what_is_kept_is_what_was_written(tmp_path: Path) -> None:
