@@ -14,6 +14,8 @@ NEEDED = {
     "machine": MACHINE,
     "steps": {"steps"},
     "mnist": {"machine", "settings", "data", "check", "kernels_compared", "arms"},
+    "study-mnist": {"machine", "settings", "data", "expected", "check", "kernels_compared", "notes", "arms"},
+    "study-covariate-shift": {"machine", "settings", "data", "figures", "notes"},
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
 }
@@ -22,13 +24,18 @@ ROW = {
     "timed_by", "cold", "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
 }  # fmt: skip
 WALL = {"set", "shape", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high", "error"}
+ARM = {
+    "arm", "seed", "steps", "steps_per_second", "images_per_second", "step_time_to_none", "test_accuracy",
+    "steps_to_90",
+}  # fmt: skip
 ROWS = {
     "ops": {"rows": ROW, "wall": WALL},
     "overhead": {"rows": {"case", "launches", "us", "parts_us"}},
     "steps": {"steps": {"name", "result", "seconds", "last_line", "commit"}},
-    "mnist": {"arms": {"arm", "seed", "steps", "steps_per_second", "images_per_second", "step_time_to_none",
-                       "test_accuracy", "steps_to_90"}},
-}  # fmt: skip
+    "mnist": {"arms": ARM},
+    "study-mnist": {"arms": ARM | {"drift"}},
+    "study-covariate-shift": {"figures": {"explanation", "name", "unit", "without", "with_bn"}},
+}
 
 
 class Folder(NamedTuple):

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import mnist_tables
+from bench.page import study
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
+# Commands whose files have settings with steps and seeds, by the file.
+OF_MNIST = {"mnist": "mnist", "study-mnist": "study mnist", "study-covariate-shift": "study covariate-shift"}
 VERSIONS = ("python", "torch", "triton", "cuda", "cudnn", "driver")
 
 
@@ -14,10 +17,11 @@ def repeat(folders: Sequence[Folder]) -> str:
     """The commands that give each kind of result."""
     commands = [("everything that needs a GPU", "make VENV= PYTHON=python3 gpu")]
     for folder in folders:
-        if "mnist" in folder.files:
-            chosen = folder.files["mnist"]["settings"]
-            options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
-            commands.append((f"{folder.prefix}mnist.json", f"python -m bench mnist {options}"))
+        for name, command in OF_MNIST.items():
+            if name in folder.files:
+                chosen = folder.files[name]["settings"]
+                options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
+                commands.append((f"{folder.prefix}{name}.json", f"python -m bench {command} {options}"))
         if "overhead" in folder.files:
             commands.append((f"{folder.prefix}overhead.json", "python -m bench overhead"))
     commands.append(("this page", "python -m bench report"))
@@ -110,4 +114,10 @@ def steps(folder: Folder) -> str:
 
 
 # By the file that each is made of, in the order of the page.
-SECTIONS = {"steps": steps, "mnist": mnist, "overhead": overhead}
+SECTIONS = {
+    "steps": steps,
+    "mnist": mnist,
+    "study-mnist": study.mnist,
+    "study-covariate-shift": study.covariate_shift,
+    "overhead": overhead,
+}
