@@ -91,7 +91,8 @@ def study(
     device = settings["machine"]["device"]
     heading = inception_tables.heading(loaded.facts["name"], pace.steps, args.seeds, device, args.dtype)
     console.print(inception_tables.summary_table(summary, heading), crop=False)
-    console.print(data_text(same), soft_wrap=True)
+    console.print(inception_tables.data_text(same), soft_wrap=True)
+    console.print(inception_tables.paper_table(summary), crop=False)
     if any(row["inference"] for row in rows):
         console.print(inception_tables.inference_table(rows), crop=False)
     if text := inception_tables.norms_text(summary):
@@ -105,7 +106,7 @@ def study(
         | {"same_data": same, "population_batches": POPULATION, "same_answers": SAME_ANSWERS},
         "data": loaded.facts | {"skipped": loaded.skipped},
         "heading": heading,
-        "summary": summary,
+        **summary,
         "runs": rows,
     }
     write_json(paths[0], content)
@@ -136,15 +137,6 @@ def planned(every: dict[str, Recipe], arms: Sequence[str], norms: Sequence[Norm]
         for arm in arms
         for norm in (norms if every[arm].batch_norm else [None])
     ]
-
-
-def data_text(same: bool) -> str:
-    if same:
-        return "All arms with one seed saw the same pixels in the same steps."
-    return (
-        "The arms did not see the same data: as in the paper, some shuffle more thoroughly and distort colours less. "
-        "--same-data takes this difference away."
-    )
 
 
 def load(root: Path, side: int, batch: int, device: torch.device) -> Loaded:

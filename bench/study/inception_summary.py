@@ -108,8 +108,13 @@ def verdict(one: Line, lines: Sequence[Line], guessing: float) -> str | None:
     """Whether the paper's finding holds here: "yes", or what is otherwise."""
     diverged = sum(step is not None for step in one["diverged_at"])
     if one["arm"] != "Inception-x5" and diverged:
-        return f"diverges in {diverged} of {len(one['seeds'])}"
+        return "diverges" + of(diverged, one)
     return EXPECTED[one["arm"]](one, lines, guessing)
+
+
+def of(count: int, one: Line) -> str:
+    seeds = len(one["seeds"])
+    return "" if count == seeds else f" in {count} of {seeds} runs"
 
 
 def sets_target(one: Line, lines: Sequence[Line], guessing: float) -> str | None:
@@ -121,7 +126,7 @@ def fewer(one: Line, lines: Sequence[Line], guessing: float) -> str | None:
         return None
     never = sum(step is None for step in one["steps_to_target"])
     if never:
-        return f"never arrives in {never} of {len(one['seeds'])}"
+        return "never arrives" + of(never, one)
     return "yes" if (one["fewer_steps"] or 0) > 1 else "not fewer steps"
 
 
@@ -146,7 +151,7 @@ def only_trains(one: Line, lines: Sequence[Line], guessing: float) -> str | None
 
 def diverges(one: Line, lines: Sequence[Line], guessing: float) -> str | None:
     spared = sum(step is None for step in one["diverged_at"])
-    return f"does not diverge in {spared} of {len(one['seeds'])}" if spared else "yes"
+    return "does not diverge" + of(spared, one) if spared else "yes"
 
 
 def stays(one: Line, lines: Sequence[Line], guessing: float) -> str | None:

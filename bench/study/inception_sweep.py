@@ -5,16 +5,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rich import box
 from rich.table import Table
 
 from bench.console import console
 from bench.files import write_json
-from bench.mnist_tables import counted, spread, uncut
+from bench.mnist_tables import counted
+from bench.study import inception_tables
 from bench.study.checkpoint import Store
 from bench.study.inception_progress import progress
 from bench.study.inception_runs import Data, Job, Pace, Row, train
 from bench.study.inception_summary import TRAINS, best
+from bench.study.inception_tables import present
 from bench.study.recipe import BASE, Recipe, recipes
 from bench.study.trainer import Options
 
@@ -78,24 +79,17 @@ def conclusion(found: Sequence[Tried]) -> str:
 
 
 def table(found: Sequence[Tried], steps: int, seeds: int) -> Table:
-    made = Table(
-        title=f"learning rates of Inception; {counted(steps, 'step')}, {counted(seeds, 'seed')}",
-        caption=f"works: no seed diverges, and each is right {TRAINS:g} times as often as by guessing",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for title in ("L", "best accuracy", "last loss", "diverged at", "works"):
-        made.add_column(title, justify="right")
-    for one in found:
-        bests = [value for value in one["best"] if value is not None]
-        losses = [value for value in one["loss"] if value is not None]
-        diverged = [step for step in one["diverged_at"] if step is not None]
-        made.add_row(
-            f"{one['learning_rate']:g}",
-            spread(bests, "{:.2f}%", " ") if bests else "-",
-            spread(losses, "{:.3f}", " ") if losses else "-",
-            spread(diverged, "{:.0f}", " ") if diverged else "-",
-            "yes" if one["works"] else "no",
-        )
-    return uncut(made, 0)
+    title = f"learning rates of Inception; {counted(steps, 'step')}, {counted(seeds, 'seed')}"
+    caption = f"works: no seed diverges, and each is right {TRAINS:g} times as often as by guessing"
+    head = ("L", "best accuracy", "last loss", "diverged at", "works")
+    return inception_tables.table(title, caption, head, map(cells, found), words=0)
+
+
+def cells(one: Tried) -> list[str]:
+    return [
+        f"{one['learning_rate']:g}",
+        present(one["best"], "{:.2f}%", " "),
+        present(one["loss"], "{:.3f}", " "),
+        present(one["diverged_at"], "{:.0f}", " "),
+        "yes" if one["works"] else "no",
+    ]

@@ -1,45 +1,55 @@
 """The Inception study as a table, in the terminal and on the page of results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
+from rich.measure import Measurement
 from rich.table import Table
 
+from bench.console import console
 from bench.mnist_tables import arrivals, counted, spread, uncut
 from bench.study.inception_runs import Row
 from bench.study.inception_summary import SAME_ANSWERS, Line, Summary
 
 COLUMNS = (
-    "arm", "batch norm", "steps\nto target", "fewer\nsteps", "seconds\nto target", "fewer\nseconds", "ms\nper step",
-    "best\naccuracy", "at step", "the paper", "here too",
+    "arm,\nbatch norm", "steps\nto target", "fewer\nsteps", "seconds\nto target", "fewer\nseconds", "ms\nper step",
+    "best\naccuracy", "at\nstep",
 )  # fmt: skip
 TOP5 = "best\ntop 5"
-WORDS = ("arm", "batch norm", "the paper", "here too")
-CAPTION = (
-    "target: {target}; for Inception each seed's own best\n"
-    "ms per step: median (quartiles) over blocks of steps; evaluation is in no time"
-)
+CAPTION = "target: {target}\nms per step: median (quartiles) over blocks; evaluation is in no time"
+PAPER = ("arm", "in the paper", "here too")
+INFERENCE = ("arm", "seed", "moving averages", "population", "folded", "answers in common")
 
 
 def summary_table(summary: Summary, heading: str) -> Table:
-    table = Table(
-        title=heading,
-        caption=CAPTION.format(target=target(summary)),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for title in columns(summary):
-        table.add_column(title, justify="left" if title in WORDS else "right")
-    for line in lines(summary, "\n"):
-        table.add_row(*line)
-    return uncut(table, 0)
+    return table(heading, CAPTION.format(target=target(summary)), columns(summary), lines(summary, "\n"))
+
+
+def paper_table(summary: Summary) -> Table:
+    return table("what the paper found, on ImageNet", "", PAPER, paper_lines(summary), words=3)
+
+
+def inference_table(rows: Sequence[Row]) -> Table:
+    title = "accuracy by the statistics of batch norm, in float32"
+    caption = f"population: the paper's algorithm 2\nfolded: must have {SAME_ANSWERS:g}% of its answers in common"
+    return table(title, caption, INFERENCE, inference_lines(rows))
+
+
+def table(title: str, caption: str, head: Sequence[str], body: Iterable[Sequence[str]], words: int = 1) -> Table:
+    """The first `words` columns are words. As wide as its lines: in a narrow terminal, rich would leave columns out."""
+    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, name in enumerate(head):
+        made.add_column(name, justify="left" if index < words else "right")
+    for cells in body:
+        made.add_row(*cells)
+    made.width = Measurement.get(console, console.options.update(width=1000), uncut(made, 0)).maximum
+    return made
 
 
 def target(summary: Summary) -> str:
     if summary["target"] is None:
         return "none, as Inception was not run or diverged"
-    return f"{summary['target']:.2f}%, the best of Inception, mean over seeds"
+    return f"{summary['target']:.2f}%, Inception's best, mean over seeds (each seed's own for itself)"
 
 
 def heading(name: str, steps: int, seeds: int, device: str, dtype: str) -> str:
@@ -48,8 +58,7 @@ def heading(name: str, steps: int, seeds: int, device: str, dtype: str) -> str:
 
 
 def columns(summary: Summary) -> tuple[str, ...]:
-    place = COLUMNS.index("at step")
-    return (*COLUMNS[:place], TOP5, *COLUMNS[place:]) if has_top5(summary) else COLUMNS
+    return (*COLUMNS[:-1], TOP5, COLUMNS[-1]) if has_top5(summary) else COLUMNS
 
 
 def has_top5(summary: Summary) -> bool:
@@ -62,8 +71,7 @@ def lines(summary: Summary, separator: str) -> Iterator[list[str]]:
         low, median, high = line["ms_per_step"]
         top5 = [present(line["best_top5"], "{:.2f}%", separator)] if has_top5(summary) else []
         yield [
-            line["arm"],
-            line["norm"] or "none",
+            named(line["arm"], line["norm"], separator),
             steps_cell(line, separator),
             times(line["fewer_steps"]),
             seconds_cell(line, separator),
@@ -72,9 +80,17 @@ def lines(summary: Summary, separator: str) -> Iterator[list[str]]:
             present(line["best"], "{:.2f}%", separator),
             *top5,
             present(line["best_step"], "{:.0f}", separator),
-            line["paper"],
-            line["agrees"] or "-",
         ]
+
+
+def paper_lines(summary: Summary) -> Iterator[list[str]]:
+    """The cells of `PAPER`."""
+    for line in summary["lines"]:
+        yield [named(line["arm"], line["norm"], " "), line["paper"], line["agrees"] or "not known"]
+
+
+def named(arm: str, norm: str | None, separator: str) -> str:
+    return f"{arm},{separator}{norm}" if norm else arm
 
 
 def steps_cell(line: Line, separator: str) -> str:
@@ -102,9 +118,6 @@ def present(values: Sequence[float | None], text: str, separator: str) -> str:
     return spread(found, text, separator) if found else "-"
 
 
-INFERENCE = ("arm", "batch norm", "seed", "moving averages", "population", "folded", "answers in common")
-
-
 def inference_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
     """The cells of `INFERENCE`: accuracy after training by the statistics that batch norm normalizes with."""
     for row in rows:
@@ -112,22 +125,7 @@ def inference_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
         if found is not None:
             accuracies = (found["moving"], found["population"], found["folded"])
             cells = [f"{accuracy:.2f}%" for accuracy in accuracies]
-            yield [row["arm"], str(row["norm"]), str(row["seed"]), *cells, f"{found['same_answers']:.2f}%"]
-
-
-def inference_table(rows: Sequence[Row]) -> Table:
-    table = Table(
-        title="accuracy by the statistics of batch norm, in float32",
-        caption=f"population: the paper's algorithm 2; folded must have {SAME_ANSWERS:g}% of its answers in common",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for title in INFERENCE:
-        table.add_column(title.replace(" ", "\n", 1), justify="left" if title in INFERENCE[:2] else "right")
-    for line in inference_lines(rows):
-        table.add_row(*line)
-    return uncut(table, 0)
+            yield [named(row["arm"], row["norm"], " "), str(row["seed"]), *cells, f"{found['same_answers']:.2f}%"]
 
 
 def norms_text(summary: Summary) -> str:
@@ -138,3 +136,12 @@ def norms_text(summary: Summary) -> str:
     if apart:
         return f"Steps to the target lie apart with torch's and with tritonbn's batch norm in: {', '.join(apart)}."
     return "Steps to the target lie within each other's range of seeds with torch's and with tritonbn's batch norm."
+
+
+def data_text(same: bool) -> str:
+    if same:
+        return "All arms with one seed saw the same pixels in the same steps."
+    return (
+        "The arms did not see the same data: as in the paper, some shuffle more thoroughly and distort colours less. "
+        "--same-data takes this difference away."
+    )
