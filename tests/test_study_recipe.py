@@ -35,7 +35,7 @@ def test_arms_are_those_of_the_paper(arm: str) -> None:
         assert found == (pytest.approx(expected) if isinstance(expected, float) else expected)
 
 
-CHANGED = {
+CHANGED: dict[str, dict[str, object]] = {
     "learning-rate": {"learning_rate": 0.01},
     "no-dropout": {"dropout": 0.4},
     "l2": {"l2": 5e-4},

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -62,11 +63,11 @@ def test_all_begins_as_if_nothing_had_warmed_up(data: Pixels) -> None:
 def reference(data: Pixels, steps: int) -> tuple[list[float], nn.Module]:
     """BN-x5 written down again: torch's optimizer with a number for a rate, L2 of the weights only."""
     recipe = RECIPES["BN-x5"]
-    network = build(recipe, "torch", 1, 16, OPTIONS).to(data.images.device, memory_format=torch.channels_last).train()
+    network = build(recipe, "torch", 1, 16, OPTIONS).to(data.images.device).train()
     stream = trainer("BN-x5", data, "torch").stream
     weights = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() == 1]
-    groups = [{"params": weights, "weight_decay": recipe.l2}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": recipe.l2}, {"params": others}]
     optimizer = torch.optim.SGD(groups, lr=0.005, momentum=0.9)
     losses = []
     for step in range(steps):
