@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import cast
 
+from bench.mnist_tables import counted
 from bench.page.folders import Folder
 from bench.page.markdown import details, joined, table
 from bench.study import inception_tables
@@ -34,4 +35,4 @@ def one_line(titles: Sequence[str]) -> list[str]:
 
 def skipped(data: dict[str, list[str]]) -> str:
     count = len(data["skipped"])
-    return f"{count} files could not be read and were left out. " if count else ""
+    return f"Left out, as it cannot be read: {counted(count, 'file')}. " if count else ""
