@@ -75,6 +75,6 @@ def mean(values: Sequence[float]) -> float:
 def finish(axes: Axes, name: str) -> None:
     axes.set_xlabel(name)
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
