@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import images
-from bench.console import console
+from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.measure import machine, pick_device
@@ -92,11 +92,14 @@ def study(
     heading = inception_tables.heading(loaded.facts["name"], pace.steps, args.seeds, device, args.dtype)
     console.print(inception_tables.summary_table(summary, heading), crop=False)
     console.print(inception_tables.data_text(same), soft_wrap=True)
-    console.print(inception_tables.paper_table(summary), crop=False)
-    if any(row["inference"] for row in rows):
-        console.print(inception_tables.inference_table(rows), crop=False)
     if text := inception_tables.norms_text(summary):
         console.print(text, soft_wrap=True)
+    console.print()
+    print_columns([inception_tables.PAPER, *inception_tables.paper_lines(summary)])
+    if found := list(inception_tables.inference_lines(rows)):
+        console.print(f"\n{inception_tables.STATISTICS}", soft_wrap=True)
+        print_columns([inception_tables.INFERENCE, *found])
+    console.print()
     paths = [out / f"{RESULTS}.json", out / f"{RESULTS}.png"]
     content = {
         "machine": settings["machine"],

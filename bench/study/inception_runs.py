@@ -17,7 +17,7 @@ from bench.study.trainer import Norm, Options, Trainer, logits
 from tritonbn.timing import measuring
 
 TOP = 5
-POPULATION = 200  # batches whose statistics are averaged after training, at most as many as it was trained on
+POPULATION = 100  # batches whose statistics are averaged after training, at most as many as it was trained on
 
 
 class Point(TypedDict):

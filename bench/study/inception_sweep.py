@@ -5,12 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rich.table import Table
-
-from bench.console import console
+from bench.console import console, print_columns
 from bench.files import write_json
 from bench.mnist_tables import counted
-from bench.study import inception_tables
 from bench.study.checkpoint import Store
 from bench.study.inception_progress import progress
 from bench.study.inception_runs import Data, Job, Pace, Row, train
@@ -22,6 +19,8 @@ from bench.study.trainer import Options
 STEPS = 2000
 RATES = (0.0006, 0.002, 0.006, 0.02, 0.06, 0.2)
 RESULTS = "study-inception-sweep.json"
+COLUMNS = ("L", "best accuracy", "last loss", "diverged at", "works")
+WORKS = f"no seed diverges, and each is right {TRAINS:g} times as often as by guessing"
 
 
 class Tried(TypedDict):
@@ -31,7 +30,7 @@ class Tried(TypedDict):
     best: list[float | None]  # percent, per seed
     loss: list[float | None]  # the last one of the curve
     diverged_at: list[int | None]
-    works: bool  # no seed diverges, and all are far better than guessing
+    works: bool  # `WORKS`
 
 
 def run(
@@ -47,7 +46,8 @@ def run(
         rows = train(jobs, data, pace, options, store, report)
     per_rate = [rows[start : start + len(seeds)] for start in range(0, len(rows), len(seeds))]
     found = [tried(rate, mine, options.classes) for rate, mine in zip(RATES, per_rate, strict=True)]
-    console.print(table(found, pace.steps, len(seeds)), crop=False)
+    console.print(f"\n{counted(pace.steps, 'step')}, {counted(len(seeds), 'seed')}; works: {WORKS}", soft_wrap=True)
+    print_columns([COLUMNS, *map(cells, found)])
     console.print(conclusion(found), soft_wrap=True)
     content = {"machine": settings["machine"], "settings": settings, "tried": found, "runs": rows}
     write_json(out / RESULTS, content)
@@ -76,13 +76,6 @@ def conclusion(found: Sequence[Tried]) -> str:
     best_one = max(working, key=lambda one: sum(value or 0.0 for value in one["best"]))
     largest = max(one["learning_rate"] for one in working)
     return f"Best: {best_one['learning_rate']:g}. The largest that works: {largest:g}."
-
-
-def table(found: Sequence[Tried], steps: int, seeds: int) -> Table:
-    title = f"learning rates of Inception; {counted(steps, 'step')}, {counted(seeds, 'seed')}"
-    caption = f"works: no seed diverges, and each is right {TRAINS:g} times as often as by guessing"
-    head = ("L", "best accuracy", "last loss", "diverged at", "works")
-    return inception_tables.table(title, caption, head, map(cells, found), words=0)
 
 
 def cells(one: Tried) -> list[str]:

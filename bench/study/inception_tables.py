@@ -1,6 +1,6 @@
 """The Inception study as a table, in the terminal and on the page of results."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.measure import Measurement
@@ -19,31 +19,27 @@ TOP5 = "best\ntop 5"
 CAPTION = "target: {target}\nms per step: median (quartiles) over blocks; evaluation is in no time"
 PAPER = ("arm", "in the paper", "here too")
 INFERENCE = ("arm", "seed", "moving averages", "population", "folded", "answers in common")
+STATISTICS = (
+    "Accuracy after training, in float32, by the statistics that batch norm normalizes with: moving averages, those of"
+    f" the population (algorithm 2), the same folded: at least {SAME_ANSWERS:g}% of the answers must be in common."
+)
 
 
 def summary_table(summary: Summary, heading: str) -> Table:
-    return table(heading, CAPTION.format(target=target(summary)), columns(summary), lines(summary, "\n"))
-
-
-def paper_table(summary: Summary) -> Table:
-    return table("what the paper found, on ImageNet", "", PAPER, paper_lines(summary), words=3)
-
-
-def inference_table(rows: Sequence[Row]) -> Table:
-    title = "accuracy by the statistics of batch norm, in float32"
-    caption = f"population: the paper's algorithm 2\nfolded: must have {SAME_ANSWERS:g}% of its answers in common"
-    return table(title, caption, INFERENCE, inference_lines(rows))
-
-
-def table(title: str, caption: str, head: Sequence[str], body: Iterable[Sequence[str]], words: int = 1) -> Table:
-    """The first `words` columns are words. As wide as its lines: in a narrow terminal, rich would leave columns out."""
-    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(head):
-        made.add_column(name, justify="left" if index < words else "right")
-    for cells in body:
-        made.add_row(*cells)
-    made.width = Measurement.get(console, console.options.update(width=1000), uncut(made, 0)).maximum
-    return made
+    """As wide as its lines: in a terminal too narrow for it rich would leave columns out."""
+    table = Table(
+        title=heading,
+        caption=CAPTION.format(target=target(summary)),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for index, title in enumerate(columns(summary)):
+        table.add_column(title, justify="right" if index else "left")
+    for line in lines(summary, "\n"):
+        table.add_row(*line)
+    table.width = Measurement.get(console, console.options.update(width=1000), uncut(table, 0)).maximum
+    return table
 
 
 def target(summary: Summary) -> str:
@@ -139,9 +135,11 @@ def norms_text(summary: Summary) -> str:
 
 
 def data_text(same: bool) -> str:
-    if same:
-        return "All arms with one seed saw the same pixels in the same steps."
-    return (
-        "The arms did not see the same data: as in the paper, some shuffle more thoroughly and distort colours less. "
-        "--same-data takes this difference away."
+    """What else than batch norm differs between the arms."""
+    data = (
+        "All arms with one seed saw the same pixels in the same steps."
+        if same
+        else "The arms did not see the same data: as in the paper, some shuffle more thoroughly and distort colours"
+        " less; --same-data takes this difference away."
     )
+    return f"{data} Where an arm has local response normalization and dropout, its seconds hold their time."
