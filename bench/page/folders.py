@@ -18,6 +18,7 @@ NEEDED = {
     "study-covariate-shift": {"machine", "settings", "data", "figures", "notes"},
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
+    "study-inception": {"machine", "command", "heading", "settings", "data", "target", "lines", "norms_agree", "runs"},
 }
 ROW = {
     "set", "shape", "count", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high",
@@ -35,7 +36,12 @@ ROWS = {
     "mnist": {"arms": ARM},
     "study-mnist": {"arms": ARM | {"drift"}},
     "study-covariate-shift": {"figures": {"explanation", "name", "unit", "without", "with_bn"}},
-}
+    "study-inception": {
+        "lines": {"arm", "norm", "seeds", "steps_to_target", "seconds_to_target", "fewer_steps", "fewer_seconds",
+                  "ms_per_step", "best", "best_step", "best_top5", "diverged_at", "paper", "agrees"},
+        "runs": {"arm", "norm", "seed", "inference"},
+    },
+}  # fmt: skip
 
 
 class Folder(NamedTuple):

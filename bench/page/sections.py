@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import mnist_tables
-from bench.page import study
+from bench.page import inception, study
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
@@ -22,6 +22,8 @@ def repeat(folders: Sequence[Folder]) -> str:
                 chosen = folder.files[name]["settings"]
                 options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
                 commands.append((f"{folder.prefix}{name}.json", f"python -m bench {command} {options}"))
+        if "study-inception" in folder.files:
+            commands.append((f"{folder.prefix}study-inception.json", folder.files["study-inception"]["command"]))
         if "overhead" in folder.files:
             commands.append((f"{folder.prefix}overhead.json", "python -m bench overhead"))
     commands.append(("this page", "python -m bench report"))
@@ -118,6 +120,7 @@ SECTIONS = {
     "steps": steps,
     "mnist": mnist,
     "study-mnist": study.mnist,
+    "study-inception": inception.section,
     "study-covariate-shift": study.covariate_shift,
     "overhead": overhead,
 }
