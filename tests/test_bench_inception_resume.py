@@ -45,7 +45,7 @@ def process() -> Iterator[None]:
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
     small = ["--width", "0.05", "--image", "16", "--batch", "8", "--threads", "1", "--device", "cpu"]
-    run = ["--steps", str(STEPS), "--evaluate", "6", "--checkpoint", "4", "--seeds", "1", "--out", str(out)]
+    run = ["--steps", str(STEPS), "--evaluate", "8", "--checkpoint", "4", "--seeds", "1", "--out", str(out)]
     return ["study", "inception", "--data", str(folder), *small, *run, *(f"--arm={arm}" for arm in ARMS), *more]
 
 
@@ -108,7 +108,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def broken_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Killed in step 15 of the first arm, whose last checkpoint is of step 12 then."""
+    """Killed in step 15 of the first arm, whose last checkpoint is of step 12 then: between evaluations."""
     with monkeypatch.context() as patch:
         step, calls = trainer.Trainer.step, iter(range(1000))
 
