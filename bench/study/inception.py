@@ -89,7 +89,7 @@ def study(
 
     summary = summarize(rows, loaded.classes)
     device = settings["machine"]["device"]
-    heading = inception_tables.heading(loaded.facts["name"], pace.steps, args.seeds, device, args.dtype)
+    heading = inception_tables.heading(loaded.facts["name"], args.seeds, device, pace, options)
     console.print(inception_tables.summary_table(summary, heading), crop=False)
     console.print(inception_tables.data_text(same), soft_wrap=True)
     if text := inception_tables.norms_text(summary):
