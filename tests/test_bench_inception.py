@@ -69,7 +69,7 @@ def test_json_says_everything(results: Path) -> None:
     assert {"device", "cpu", "threads", "python", "torch", "triton", "tritonbn", "commit"} <= found["machine"].keys()
     assert found["machine"]["device"] == "CPU"
     settings = found["settings"]
-    expected = {"steps": STEPS, "evaluate": 5, "checkpoint": 5, "width": 0.05, "dtype": "fp32", "graph": False}
+    expected = {"steps": STEPS, "evaluate": 5, "checkpoint": None, "width": 0.05, "dtype": "fp32", "graph": False}
     assert {name: settings[name] for name in expected} == expected
     assert settings["recipes"]["BN-x30"]["learning_rate"] == 30 * settings["recipes"]["Inception"]["learning_rate"]
     assert settings["same_data"] is False
@@ -138,7 +138,7 @@ def test_command_in_the_file_repeats_it(folder: Path, tmp_path: Path) -> None:
     words[words.index("DIR")] = str(folder)
     assert main([*words, "--out", str(tmp_path / "b"), "--threads", "1", "--device", "cpu"]) == 0
     second = content(tmp_path / "b")
-    assert first["settings"] == second["settings"] | {"checkpoint": 2}
+    assert first["settings"] == second["settings"]
     assert first["settings"]["recipes"]["BN-x5"]["decay"] == first["settings"]["recipes"]["Inception"]["decay"]
     assert first["settings"]["same_data"] is True
     losses = [[point["loss"] for point in found["runs"][0]["curve"]] for found in (first, second)]
@@ -286,3 +286,10 @@ def test_blocks_end_where_there_is_something_to_do() -> None:
     pace = inception_runs.Pace(steps=50, evaluate=20, checkpoint=15)
     assert [pace.end(step) for step in (0, 14, 15, 20, 30, 45)] == [15, 15, 20, 30, 40, 50]
     assert pace.block == 15
+    assert [pace.due(step, 99.0) for step in (14, 15, 20, 30)] == [False, True, False, True]
+
+
+def test_without_a_number_checkpoints_wait_until_there_is_something_to_lose() -> None:
+    pace = inception_runs.Pace(steps=50, evaluate=20, checkpoint=None)
+    assert [pace.end(step) for step in (0, 20, 40)] == [20, 40, 50]
+    assert [pace.due(20, seconds) for seconds in (19.9, 20.0)] == [False, True]

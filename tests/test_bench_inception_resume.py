@@ -25,7 +25,7 @@ from tritonbn import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("Inception", "BN-x5")  # dropout's noise in the one, running statistics in the other
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def process() -> Iterator[None]:
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
     small = ["--width", "0.05", "--image", "16", "--batch", "8", "--threads", "1", "--device", "cpu"]
-    run = ["--steps", str(STEPS), "--evaluate", "10", "--checkpoint", "4", "--seeds", "1", "--out", str(out)]
+    run = ["--steps", str(STEPS), "--evaluate", "8", "--checkpoint", "4", "--seeds", "1", "--out", str(out)]
     return ["study", "inception", "--data", str(folder), *small, *run, *(f"--arm={arm}" for arm in ARMS), *more]
 
 
@@ -99,7 +99,7 @@ def test_killed_run_goes_on_with_the_same_curve(
     assert torch.load(tmp_path / "runs" / "Inception-none-0.pt", weights_only=True)["finished"]
     assert main(command(folder, tmp_path)) == 0
     assert curves(tmp_path) == unbroken
-    assert "Inception, seed 0: step 40 of 40" in capsys.readouterr().out
+    assert "Inception, seed 0: step 24 of 24" in capsys.readouterr().out
 
 
 class Killed(BaseException):
@@ -108,12 +108,12 @@ class Killed(BaseException):
 
 @pytest.fixture
 def broken_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Killed in step 27 of the first arm, whose last checkpoint is of step 24 then."""
+    """Killed in step 15 of the first arm, whose last checkpoint is of step 12 then: between evaluations."""
     with monkeypatch.context() as patch:
         step, calls = trainer.Trainer.step, iter(range(1000))
 
         def step_or_die(self: trainer.Trainer) -> None:
-            if next(calls) == 27:  # one step warmed up
+            if next(calls) == 15:  # one step warmed up
                 raise Killed
             step(self)
 
@@ -141,7 +141,7 @@ def test_at_most_the_work_since_the_last_checkpoint_is_lost(
 ) -> None:
     starts = steps_made(monkeypatch)
     assert main(command(folder, broken_off)) == 0
-    assert starts[0] == 24
+    assert starts[0] == 12
     assert starts.count(0) == 1, "the second arm only"
     assert curves(broken_off) == unbroken
 
@@ -199,7 +199,7 @@ def test_damaged_checkpoint_is_named_and_its_run_begins_anew(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--steps", "50"), "steps 40 there, 50 now"),
+        (("--steps", "50"), "steps 24 there, 50 now"),
         (("--lr", "0.5"), "recipes Inception learning_rate"),
         (("--width", "0.06"), "width 0.05 there, 0.06 now"),
         (("--without", "decay"), "recipes BN-x5 decay"),

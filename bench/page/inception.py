@@ -14,11 +14,10 @@ def section(folder: Folder) -> str:
     """Steps and seconds to Inception's own best, and what of the paper's findings holds here."""
     content = folder.files["study-inception"]
     summary, settings = cast(Summary, content), content["settings"]
-    shortened = f", network of width {settings['width']:g}" * (settings["width"] != 1)
     statistics = table(inception_tables.INFERENCE, inception_tables.inference_lines(content["runs"]))
     return joined(
         "### The paper's ImageNet study in small",
-        f"{content['heading']}{shortened}. {skipped(content['data'])}"
+        f"{content['heading']}. {skipped(content['data'])}"
         f"Target: {inception_tables.target(summary)}. Medians (quartiles) of ms per step; evaluation is in no time.",
         table(one_line(inception_tables.columns(summary)), inception_tables.lines(summary, " ")),
         inception_tables.data_text(settings["same_data"]),

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     loaded = load(args.data, args.image, args.batch, device)
     steps = args.steps or (inception_sweep.STEPS if args.sweep else inception_options.STEPS)
-    pace = Pace(steps, min(args.evaluate, steps), min(args.checkpoint or args.evaluate, steps))
+    pace = Pace(steps, min(args.evaluate, steps), args.checkpoint)
     options = Options(args.width, loaded.classes, args.dtype, args.graph, pace.block)
     base = Recipe(learning_rate=args.lr, l2=args.l2, decay=args.decay, momentum=args.momentum, batch=args.batch)
     facts = machine(device)
@@ -89,7 +89,7 @@ def study(
 
     summary = summarize(rows, loaded.classes)
     device = settings["machine"]["device"]
-    heading = inception_tables.heading(loaded.facts["name"], pace.steps, args.seeds, device, args.dtype)
+    heading = inception_tables.heading(loaded.facts["name"], args.seeds, device, pace, options)
     console.print(inception_tables.summary_table(summary, heading), crop=False)
     console.print(inception_tables.data_text(same), soft_wrap=True)
     if text := inception_tables.norms_text(summary):

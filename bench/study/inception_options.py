@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive, help=f"of a run (default: {STEPS:,})")
     add("--seeds", type=positive, default=3, help="runs per arm, each with its own seed (default: %(default)s)")
     add("--evaluate", type=positive, default=TELLING["evaluate"], metavar="N", help="each N steps (default: 200)")
-    add("--checkpoint", type=positive, metavar="N", help="save each N steps (default: at each evaluation)")
+    add("--checkpoint", type=positive, metavar="N", help="save each N steps (default: at an evaluation, every 20 s)")
     add("--lr", type=above(0), default=LEARNING_RATE, help="L, of Inception (default: %(default)s, see --sweep)")
     add("--l2", type=above(0, or_equal=True), default=L2, help="L2 regularization of Inception (default: %(default)s)")
     add("--decay", type=decay, default=DECAY, help="of L in 1,000 steps (default: %(default)s)")

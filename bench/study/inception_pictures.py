@@ -38,7 +38,7 @@ def drawn(rows: Sequence[Row], summary: Summary, title: str) -> Figure:
         finish(axes, name)
     over_steps.set_ylabel("validation accuracy, %")
     if any(row["curve"] for row in rows):
-        over_steps.legend(loc="lower right", frameon=False, fontsize="small")
+        figure.legend(*over_steps.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle(title, fontsize="small", color="#555555")
     return figure
 

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,7 @@ from bench.study.trainer import Norm, Options, Trainer, logits
 from tritonbn.timing import measuring
 
 TOP = 5
+SECONDS = 20  # between checkpoints: one of the whole network takes some tenths
 POPULATION = 100  # batches whose statistics are averaged after training, at most as many as it was trained on
 
 
@@ -72,15 +74,19 @@ class Pace(NamedTuple):
 
     steps: int
     evaluate: int
-    checkpoint: int
+    checkpoint: int | None  # None: at an evaluation, when there are `SECONDS` to lose
 
     def end(self, step: int) -> int:
         """Up to where to train from here without looking."""
-        return min(self.steps, *((step // every + 1) * every for every in (self.evaluate, self.checkpoint)))
+        return min(self.steps, *((step // every + 1) * every for every in (self.evaluate, self.checkpoint) if every))
+
+    def due(self, step: int, since: float) -> bool:
+        """Whether to save after this step, `since` seconds after the last time."""
+        return since >= SECONDS if self.checkpoint is None else step % self.checkpoint == 0
 
     @property
     def block(self) -> int:
-        return min(self)
+        return self.end(0)
 
 
 class Data(NamedTuple):
@@ -131,14 +137,16 @@ def train_one(job: Job, data: Data, pace: Pace, options: Options, store: Store, 
             return row
     with measuring(data.train.images.device):
         trainer = Trainer(job.recipe, job.norm, job.seed, data.train, options)
-        run = Run(job, trainer, data.val, pace, saved)
+        run, last = Run(job, trainer, data.val, pace, saved), time.monotonic()
         while not run.over:
             before = run.step
             run.block(stop)
             report(job, run.step - before, run.row)
-            if stop() or run.step % pace.checkpoint == 0:
+            stopped = stop()  # once: what is asked later is answered after the next step
+            if stopped or pace.due(run.step, time.monotonic() - last):
                 store.save(job.key, run.saved())
-            if stop():
+                last = time.monotonic()
+            if stopped:
                 raise KeyboardInterrupt
         run.finish()
         store.save(job.key, run.saved())

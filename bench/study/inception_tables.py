@@ -8,8 +8,9 @@ from rich.table import Table
 
 from bench.console import console
 from bench.mnist_tables import arrivals, counted, spread, uncut
-from bench.study.inception_runs import Row
+from bench.study.inception_runs import Pace, Row
 from bench.study.inception_summary import SAME_ANSWERS, Line, Summary
+from bench.study.trainer import Options
 
 COLUMNS = (
     "arm,\nbatch norm", "steps\nto target", "fewer\nsteps", "seconds\nto target", "fewer\nseconds", "ms\nper step",
@@ -48,9 +49,11 @@ def target(summary: Summary) -> str:
     return f"{summary['target']:.2f}%, Inception's best, mean over seeds (each seed's own for itself)"
 
 
-def heading(name: str, steps: int, seeds: int, device: str, dtype: str) -> str:
-    text = f"{name}; {counted(steps, 'step')}, {counted(seeds, 'seed')}{': mean (range)' * (seeds > 1)}"
-    return f"{text}; {dtype} on {'a CPU' if device == 'CPU' else device}"
+def heading(data: str, seeds: int, device: str, pace: Pace, options: Options) -> str:
+    """What a figure must not be shown without."""
+    text = f"{data}; {counted(pace.steps, 'step')}, {counted(seeds, 'seed')}{': mean (range)' * (seeds > 1)}"
+    text += f"; {options.dtype} on {'a CPU' if device == 'CPU' else device}"
+    return text if options.width == 1 else f"{text}, network of width {options.width:g}"
 
 
 def columns(summary: Summary) -> tuple[str, ...]:
