@@ -119,7 +119,8 @@ def test_same_results_on_the_page(results: Path, tmp_path: Path) -> None:
     assert main(["report", "--results", str(tmp_path)]) == 0
     text = (tmp_path / "README.md").read_text()
     found = content(results)
-    assert "colours, 16x16; 12 steps, 1 seed; fp32 on a CPU, network of width 0.05." in text
+    data = f"colours, 16x16, {found['data']['train']} training and {found['data']['val']} validation images"
+    assert f"{data}; 12 steps, 1 seed; fp32 on a CPU, network of width 0.05." in text
     assert "Left out, as it cannot be read: 1 file." in text
     assert "![accuracy over steps and over seconds](cpu/study-inception.png)" in text
     assert f"| cpu/study-inception.json | `{found['command']}` |" in text

@@ -18,7 +18,7 @@ NEEDED = {
     "study-covariate-shift": {"machine", "settings", "data", "figures", "notes"},
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
-    "study-inception": {"machine", "command", "heading", "settings", "data", "target", "lines", "norms_agree", "runs"},
+    "study-inception": {"machine", "command", "settings", "data", "target", "lines", "norms_agree", "runs"},
 }
 ROW = {
     "set", "shape", "count", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high",

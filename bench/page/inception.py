@@ -17,7 +17,7 @@ def section(folder: Folder) -> str:
     statistics = table(inception_tables.INFERENCE, inception_tables.inference_lines(content["runs"]))
     return joined(
         "### The paper's ImageNet study in small",
-        f"{content['heading']}. {skipped(content['data'])}"
+        f"{inception_tables.heading(content)}. {skipped(content['data'])}"
         f"Target: {inception_tables.target(summary)}. Medians (quartiles) of ms per step; evaluation is in no time.",
         table(one_line(inception_tables.columns(summary)), inception_tables.lines(summary, " ")),
         inception_tables.data_text(settings["same_data"]),

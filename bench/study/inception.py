@@ -88,8 +88,17 @@ def study(
         rows = train(jobs, loaded.data, pace, options, store, report)
 
     summary = summarize(rows, loaded.classes)
-    device = settings["machine"]["device"]
-    heading = inception_tables.heading(loaded.facts["name"], args.seeds, device, pace, options)
+    content = {
+        "machine": settings["machine"],
+        "command": inception_options.command(args),
+        "settings": {name: value for name, value in settings.items() if name not in ("machine", "data")}
+        | chosen
+        | {"same_data": same, "population_batches": POPULATION, "same_answers": SAME_ANSWERS},
+        "data": loaded.facts | {"skipped": loaded.skipped},
+        **summary,
+        "runs": rows,
+    }
+    heading = inception_tables.heading(content)
     console.print(inception_tables.summary_table(summary, heading), crop=False)
     console.print(inception_tables.data_text(same), soft_wrap=True)
     if text := inception_tables.norms_text(summary):
@@ -101,17 +110,6 @@ def study(
         print_columns([inception_tables.INFERENCE, *found])
     console.print()
     paths = [out / f"{RESULTS}.json", out / f"{RESULTS}.png"]
-    content = {
-        "machine": settings["machine"],
-        "command": inception_options.command(args),
-        "settings": {name: value for name, value in settings.items() if name not in ("machine", "data")}
-        | chosen
-        | {"same_data": same, "population_batches": POPULATION, "same_answers": SAME_ANSWERS},
-        "data": loaded.facts | {"skipped": loaded.skipped},
-        "heading": heading,
-        **summary,
-        "runs": rows,
-    }
     write_json(paths[0], content)
     inception_pictures.figure_2(rows, summary, heading, paths[1])
     console.print(f"Written: {' and '.join(map(str, paths))}; {out / 'runs'} may go", soft_wrap=True)

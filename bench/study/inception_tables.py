@@ -1,6 +1,7 @@
 """The Inception study as a table, in the terminal and on the page of results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.measure import Measurement
@@ -8,9 +9,8 @@ from rich.table import Table
 
 from bench.console import console
 from bench.mnist_tables import arrivals, counted, spread, uncut
-from bench.study.inception_runs import Pace, Row
+from bench.study.inception_runs import Row
 from bench.study.inception_summary import SAME_ANSWERS, Line, Summary
-from bench.study.trainer import Options
 
 COLUMNS = (
     "arm,\nbatch norm", "steps\nto target", "fewer\nsteps", "seconds\nto target", "fewer\nseconds", "ms\nper step",
@@ -49,11 +49,14 @@ def target(summary: Summary) -> str:
     return f"{summary['target']:.2f}%, Inception's best, mean over seeds (each seed's own for itself)"
 
 
-def heading(data: str, seeds: int, device: str, pace: Pace, options: Options) -> str:
-    """What a figure must not be shown without."""
-    text = f"{data}; {counted(pace.steps, 'step')}, {counted(seeds, 'seed')}{': mean (range)' * (seeds > 1)}"
-    text += f"; {options.dtype} on {'a CPU' if device == 'CPU' else device}"
-    return text if options.width == 1 else f"{text}, network of width {options.width:g}"
+def heading(content: Mapping[str, Any]) -> str:
+    """What a figure must not be shown without, from what the JSON file says of data, settings and machine."""
+    data, settings, device = content["data"], content["settings"], content["machine"]["device"]
+    seeds = f"{counted(settings['seeds'], 'seed')}{': mean (range)' * (settings['seeds'] > 1)}"
+    text = f"{data['name']}, {data['train']:,} training and {data['val']:,} validation images; "
+    text += f"{counted(settings['steps'], 'step')}, {seeds}; {settings['dtype']} on "
+    text += "a CPU" if device == "CPU" else device
+    return text if settings["width"] == 1 else f"{text}, network of width {settings['width']:g}"
 
 
 def columns(summary: Summary) -> tuple[str, ...]:
