@@ -27,8 +27,12 @@ ROOT = Path(__file__).parent.parent
 # Seconds of all steps together; the rest up to ten and three minutes is for what is around them.
 TOTAL, QUICK_TOTAL = 525, 165
 # The share of each step, in the order in which they run, of all that are chosen. Zero: not in a quick run.
-SHARES = {"tests": 120, "more-tests": 60, "ops": 165, "tune": 50, "ops-tuned": 45, "mnist": 50, "report": 35}
-QUICK_SHARES = {"tests": 40, "more-tests": 0, "ops": 50, "tune": 20, "ops-tuned": 20, "mnist": 20, "report": 15}
+SHARES = {
+    "tests": 100, "more-tests": 50, "ops": 130, "tune": 40, "ops-tuned": 35, "models": 100, "mnist": 40, "report": 30,
+}  # fmt: skip
+QUICK_SHARES = {
+    "tests": 35, "more-tests": 0, "ops": 40, "tune": 18, "ops-tuned": 17, "models": 25, "mnist": 15, "report": 15,
+}  # fmt: skip
 GRACE = 5  # seconds to finish what was interrupted: pytest names the failures so far
 # Of a limit, what a command with --budget has to start, and to finish what it is at when the budget is spent.
 START, FINISH = 10, 0.15
@@ -143,6 +147,11 @@ def command(name: str, limit: int, out: Path, args: argparse.Namespace) -> list[
     if name == "ops-tuned":
         ours = ["--provider", "tritonbn"]
         return ["-m", "bench", "ops", *headline, *ours, *quick, *budget, "--out", str(out / "tuned")]
+    if name == "models":
+        network = ["--model", "resnet50", "--batch", "256", "--dtype", "bf16", "--layout", "channels_last"]
+        modes = ["--training", "--mode", "eager" if args.quick else "eager,graph,compile"]  # measured in this order
+        steps = ["--steps", "20" if args.quick else "40"]
+        return ["-m", "bench", "models", "--device", "cuda", *network, *modes, *steps, *budget, "--out", str(out)]
     if name == "mnist":
         data = ["--data", str(args.data.resolve())] if args.data else []
         training = ["--device", "cuda", "--steps", "1000" if args.quick else "5000"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import atomic, writable_folder
-from bench.page import operators, plots, sections
+from bench.page import models, operators, plots, sections
 from bench.page.folders import RESULTS, Folder, read
 from bench.page.markdown import joined
 
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 def draw(folder: Folder) -> list[Path]:
     gpu = folder.gpu("ops")
-    return plots.draw(folder.files["ops"]["rows"], gpu, folder.path) if gpu else []
+    drawn = plots.draw(folder.files["ops"]["rows"], gpu, folder.path) if gpu else []
+    return drawn + (models.draw(folder) if "models" in folder.files else [])
 
 
 def render(folders: Sequence[Folder]) -> str:
@@ -54,6 +55,7 @@ def render(folders: Sequence[Folder]) -> str:
             "# Results",
             "Made from the JSON files beside it by `python -m bench report`: edit those who write them, not this page.",
             operators.targets(folders),
+            models.targets(folders),
             *map(of_machine, folders),
             sections.machines(folders),
             sections.repeat(folders),

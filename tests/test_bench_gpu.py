@@ -167,8 +167,8 @@ def test_interpreter_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("words", "most", "names"),
     [
-        pytest.param((), 540, "tests more-tests ops tune ops-tuned mnist report", id="all"),
-        pytest.param(("--quick",), 180, "tests ops tune ops-tuned mnist report", id="quick"),
+        pytest.param((), 540, "tests more-tests ops tune ops-tuned models mnist report", id="all"),
+        pytest.param(("--quick",), 180, "tests ops tune ops-tuned models mnist report", id="quick"),
         pytest.param(("--steps", "ops,tests"), 540, "tests ops", id="some"),
         pytest.param(("--steps", "report"), 540, "report", id="one"),
         pytest.param(("--quick", "--steps", "ops, mnist"), 180, "ops mnist", id="quick-some"),
@@ -214,6 +214,15 @@ def test_steps_are_commands_that_exist(tmp_path: Path) -> None:
     assert (parsed["mnist"].out, parsed["mnist"].data) == (tmp_path, tmp_path / "data")
     assert parsed["mnist"].device == "cuda"
     assert parsed["report"].results == tmp_path
+    models = parsed["models"]
+    assert (models.out, models.device, models.training) == (tmp_path, "cuda", True)
+    assert (models.model, models.batch, models.dtype, models.layout) == (
+        ["resnet50"],
+        [256],
+        ["bf16"],
+        ["channels_last"],
+    )
+    assert models.mode == ["eager", "graph", "compile"]
 
 
 def test_files_of_the_gpu_come_first() -> None:

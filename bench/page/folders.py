@@ -19,6 +19,7 @@ NEEDED = {
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
     "study-inception": {"machine", "command", "settings", "data", "target", "lines", "norms_agree", "runs"},
+    "models": {"machine", "settings", "rows", "tax", "with_data", "left_out"},
 }
 ROW = {
     "set", "shape", "count", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high",
@@ -29,7 +30,19 @@ ARM = {
     "arm", "seed", "steps", "steps_per_second", "images_per_second", "step_time_to_none", "test_accuracy",
     "steps_to_90",
 }  # fmt: skip
+# Of one arm of a network in one setting, of its BN tax, and with a loader of real images.
+STEP_ARM = {"model", "batch", "image", "layout", "dtype", "mode", "direction", "provider", "processes", "error"}
+STEP = STEP_ARM | {
+    "ms", "ms_low", "ms_high", "forward_ms", "backward_ms", "optimizer_ms", "images_per_second", "speedup",
+    "speedup_low", "speedup_high", "first_step_s", "peak_bytes", "shares", "kernels", "norms", "swapped", "fused",
+    "left", "folded", "difference", "agrees", "finite", "stable", "warm_up_steps", "notes",
+}  # fmt: skip
+TAX = (STEP_ARM - {"batch", "error"}) | {"points", "fixed_ms", "per_example_us", "pass_bytes"}
+READ = STEP_ARM | {
+    "data", "workers", "images_per_second", "images_per_second_low", "images_per_second_high", "waiting", "skipped",
+}  # fmt: skip
 ROWS = {
+    "models": {"rows": STEP, "tax": TAX, "with_data": READ},
     "ops": {"rows": ROW, "wall": WALL},
     "overhead": {"rows": {"case", "launches", "us", "parts_us"}},
     "steps": {"steps": {"name", "result", "seconds", "last_line", "commit"}},

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import mnist_tables
-from bench.page import inception, study
+from bench.page import inception, models, study
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
@@ -24,6 +24,8 @@ def repeat(folders: Sequence[Folder]) -> str:
                 commands.append((f"{folder.prefix}{name}.json", f"python -m bench {command} {options}"))
         if "study-inception" in folder.files:
             commands.append((f"{folder.prefix}study-inception.json", folder.files["study-inception"]["command"]))
+        if "models" in folder.files:
+            commands.append((f"{folder.prefix}models.json", folder.files["models"]["settings"]["command"]))
         if "overhead" in folder.files:
             commands.append((f"{folder.prefix}overhead.json", "python -m bench overhead"))
     commands.append(("this page", "python -m bench report"))
@@ -119,6 +121,7 @@ def steps(folder: Folder) -> str:
 SECTIONS = {
     "steps": steps,
     "mnist": mnist,
+    "models": models.networks,
     "study-mnist": study.mnist,
     "study-inception": inception.section,
     "study-covariate-shift": study.covariate_shift,

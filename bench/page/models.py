@@ -1,0 +1,147 @@
+"""The benchmark of whole networks as Markdown: targets, every setting, the BN tax."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.models import pictures, tables, tax
+from bench.models.rows import Row
+from bench.models.tables import number
+from bench.page.folders import Folder
+from bench.page.markdown import details, joined, table
+
+HEADLINE = {"model": "resnet50", "batch": 256, "image": 224, "layout": "channels_last", "dtype": "bf16",
+            "direction": "training", "processes": 1}  # fmt: skip
+NAME = "ResNet-50, training step, bf16, channels_last, batch 256"
+OURS = "fused"
+OPEN = 4  # settings that a reader sees at once
+WORDS = {"eager": "eager", "compile": "torch.compile"}
+
+
+class Target(NamedTuple):
+    text: str
+    line: str
+    value: float | None
+    reached: bool
+
+
+def targets(folders: Sequence[Folder]) -> str:
+    """The lines that networks have to cross, and what each GPU measured."""
+    found = [folder for folder in folders if folder.gpu("models")]
+    answers = [lines_to_cross(folder.files["models"]) for folder in found] or [lines_to_cross({"rows": [], "tax": []})]
+    names = [f"{folder.gpu('models')}: " for folder in found] or [""]
+    head = ["whole networks", "line", *(name + what for name in names for what in ("measured", "reached"))]
+    lines = [
+        (same[0].text, same[0].line, *(cell for answer in same for cell in measured(answer)))
+        for same in zip(*answers, strict=True)
+    ]
+    return table(head, lines)
+
+
+def lines_to_cross(content: dict[str, Any]) -> list[Target]:
+    """Against torch in the same mode, in turns with it; the tax in eager mode."""
+    faster = []
+    for mode, line in (("eager", 1.15), ("compile", 1.0)):
+        like = HEADLINE | {"mode": mode, "provider": OURS}
+        ours = (row["speedup"] for row in content["rows"] if all(row[key] == value for key, value in like.items()))
+        value = next(ours, None)
+        text = f"{NAME}: torch's time over ours, fused; both {WORDS[mode]}"
+        faster.append(Target(text, f"at least {line:g}", value, value is not None and value >= line))
+    mine = [line for line in content["tax"] if all(line[key] == HEADLINE[key] for key in tax.KEYS if key != "mode")]
+    share = tax.share_of_torchs(mine, OURS, "eager", int(str(HEADLINE["batch"])))
+    text = f"{NAME}: the time that our batch norm adds, over what torch's adds; both eager"
+    return [*faster, Target(text, "at most 0.5", share, share is not None and share <= 0.5)]
+
+
+def measured(answer: Target) -> tuple[str, str]:
+    if answer.value is None:
+        return "not measured", "-"
+    return f"{answer.value:.3g}", "yes" if answer.reached else "**no**"
+
+
+def draw(folder: Folder) -> list[Path]:
+    return pictures.draw(folder.files["models"], folder.path)
+
+
+def networks(folder: Folder) -> str:
+    """Everything from models.json but the targets."""
+    content = folder.files["models"]
+    chosen, gpu = content["settings"], folder.gpu("models")
+    settings = [list(rows) for _, rows in groupby(content["rows"], key=tables.title)]
+    drawn = pictures.drawn(content["rows"], content["tax"])
+    return joined(
+        "### Whole networks",
+        "" if gpu else f"**Measured on a CPU.** {tables.SWAP_ONLY}",
+        f"Input: {chosen['input']}. {chosen['optimizer']}. {'; '.join(chosen['precision'].values())}. Milliseconds per "
+        "step: median (quartiles). x torch: times as fast as torch in the same turns; torch-again is torch once more, "
+        "and its x the noise. Shares are of the time of all "
+        f"{'GPU kernels' if gpu else 'CPU operators'}.",
+        *(f"![{text}]({folder.prefix}{name})" for name, text in drawn.items()),
+        *(setting(rows) for rows in settings[:OPEN]),
+        details("More settings", joined(*(setting(rows) for rows in settings[OPEN:]))),
+        *taxes(content["tax"], content["machine"].get("copy_gb_per_s")),
+        with_data(content["with_data"]),
+        f"Not measured, because the time was spent: {'; '.join(content['left_out'])}." if content["left_out"] else "",
+    )
+
+
+def setting(rows: Sequence[Row]) -> str:
+    """The arms of one setting; what has no time, and why."""
+    timed = [row for row in rows if row["ms"] is not None]
+    if not timed:
+        return f"**{tables.title(rows[0])}**: {'; '.join(dict.fromkeys(row['error'] or '' for row in rows))}."
+    remarks = [
+        f"{row['provider']}: {', '.join([row['error']] if row['error'] else [*tables.remarks(row), *row['notes']])}"
+        for row in rows
+        if row["error"] or row["notes"] or [*tables.remarks(row)]
+    ]
+    return joined(
+        f"**{tables.title(rows[0])}**",
+        table(tables.TIMES, map(tables.times, timed)),
+        details("Layers, kernels and where the time goes", table(tables.CAUSES, map(tables.causes, timed))),
+        "; ".join(remarks),
+    )
+
+
+def taxes(lines: Sequence[tax.Line], copy_gb_per_s: float | None) -> list[str]:
+    """The BN tax wherever several batch sizes were measured: a line per provider and mode."""
+    several = [line for line in lines if len(line["points"]) > 1]
+    if not several:
+        return []
+    found = []
+    for line in several:
+        ratios = ", ".join(f"{p['batch']}: {number(p['ratio'], '.3f')}" for p in line["points"])
+        extra = ", ".join(f"{p['batch']}: {number(p['extra_us'], '.1f')}" for p in line["points"])
+        floor = tax.floor_us(line, copy_gb_per_s and 1e9 * copy_gb_per_s)
+        names = (line["model"], line["dtype"], line["layout"], line["mode"], line["provider"], ratios, extra)
+        figures = (number(line["fixed_ms"], ".2f"), number(line["per_example_us"], ".1f"), number(floor, ".1f"))
+        found.append((*names, *figures))
+    head = (
+        "network",
+        "dtype",
+        "layout",
+        "mode",
+        "provider",
+        "batch: step time over that without batch norm",
+        "batch: us more per image",
+        "fit: ms",
+        "fit: us per image",
+        f"{tax.PASSES} passes: us per image",
+    )
+    text = (
+        "**The BN tax**: what batch norm adds to a training step. The fit is of the whole step, t = a + b * batch; the "
+        "last column what reading and writing its tensors takes at the speed of a copy."
+    )
+    return [text, table(head, found, words=7)]
+
+
+def with_data(rows: Sequence[Row]) -> str:
+    """Images per second with a loader."""
+    lines = [
+        (tables.title(row), row["provider"], row["data"], row["workers"], number(row["images_per_second"], ".1f"),
+         None if row["waiting"] is None else f"{100 * row['waiting']:.1f}%", row["error"])
+        for row in rows
+    ]  # fmt: skip
+    head = ("with real images", "provider", "folder", "workers", "images/s", "waiting for a batch", "error")
+    return table(head, lines, words=3)
