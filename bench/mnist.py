@@ -2,9 +2,10 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,7 +65,29 @@ def at_most(option: str, value: int, limit: int, what: str) -> None:
         raise BenchError(f"{option} {value}: expected at most {limit:,} {what}")
 
 
-def run(args: argparse.Namespace) -> int:
+class Job(NamedTuple):
+    """Where a run writes, computes and reads."""
+
+    out: Path
+    device: torch.device
+    data: mnist_data.Mnist  # on the CPU
+    facts: dict[str, Any]
+    kernels: bool  # whether the tritonbn arm runs our kernels
+    path: str
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a file of results says of it."""
+        data = self.data
+        return {
+            "machine": self.facts,
+            "data": {"name": data.name, "origin": data.origin, "train": len(data.train), "test": len(data.test)},
+            "batch_norm_path": self.path,
+        }
+
+
+def prepare(args: argparse.Namespace, ours: bool = True) -> Job:
+    """Check the options, set the threads, load the data, and say what there is, `ours` being the batch norm or not."""
     at_most("--steps", args.steps, MOST_STEPS, "steps")
     at_most("--threads", args.threads, os.cpu_count() or 1, "threads, one per CPU")
     out = writable_folder(args.out)
@@ -75,18 +98,21 @@ def run(args: argparse.Namespace) -> int:
         raise BenchError(f"{data}: expected at least {BATCH} training images, one batch")
     facts, kernels = machine(device), device.type == "cuda" or launch.INTERPRETED
     path = path_of(device) if kernels else "ATen reference (CPU tensors)"
-    introduce(facts, data, path)
+    path = path if ours else "nn.BatchNorm1d"
+    introduce(facts, data, "our batch norm" if ours else "batch norm", path)
+    return Job(out, device, data, facts, kernels, path)
 
-    rows = train(data.to(device), args.steps, args.seeds)
+
+def run(args: argparse.Namespace) -> int:
+    job = prepare(args)
+    out, data = job.out, job.data
+    rows = train(data.to(job.device), args.steps, range(args.seeds))
     findings = agreement.check(rows)
     # Uncropped: a terminal too narrow for a table breaks its lines instead of losing their ends.
-    console.print(mnist_tables.summary(rows, data.name), mnist_tables.agreement(findings, kernels), crop=False)
-    results = {
-        "machine": facts,
+    console.print(mnist_tables.summary(rows, data.name), mnist_tables.agreement(findings, job.kernels), crop=False)
+    results = job.content | {
         "settings": settings(args),
-        "data": {"name": data.name, "origin": data.origin, "train": len(data.train), "test": len(data.test)},
-        "batch_norm_path": path,
-        "kernels_compared": kernels,
+        "kernels_compared": job.kernels,
         "check": [asdict(finding) | {"passed": finding.passed} for finding in findings],
         "arms": rows,
     }
@@ -103,36 +129,42 @@ def path_of(device: torch.device) -> str:
     return "; ".join(["Triton kernels" + " in Triton's interpreter" * launch.INTERPRETED, *plans])
 
 
-def introduce(facts: dict[str, Any], data: mnist_data.Mnist, path: str) -> None:
+def introduce(facts: dict[str, Any], data: mnist_data.Mnist, norm: str, path: str) -> None:
     where = facts["cpu"] if facts["device"] == "CPU" else f"{facts['device']}, {facts['cpu']}"
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "tritonbn", "python"))
     for name, text in (
         ("data", f"{data}, {data.origin}"),
         ("device", f"{where}, {mnist_tables.counted(facts['threads'], 'thread')}"),
         ("versions", f"{versions}, commit {facts['commit'] or 'unknown'}"),
-        ("our batch norm", path),
+        (norm, path),
     ):
         console.print(f"{name + ':':<16}{text}", soft_wrap=True)
 
 
-def train(data: mnist_data.Mnist, steps: int, seeds: int) -> list[Row]:
+def train(data: mnist_data.Mnist, steps: int, seeds: Sequence[int]) -> list[Row]:
     """All arms with all seeds, with a bar for each arm where somebody is looking."""
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]:>7}"),
-        TimeRemainingColumn(),
-    )
-    # Drawn between blocks only: a thread that redraws would take its time from the arms.
-    quiet = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=quiet) as progress:
-        tasks = {arm: progress.add_task(mnist_tables.LABELS[arm], total=steps * seeds, accuracy="") for arm in ARMS}
+    with bars("accuracy") as progress:
+        tasks = {
+            arm: progress.add_task(mnist_tables.LABELS[arm], total=steps * len(seeds), accuracy="") for arm in ARMS
+        }
 
         def advance(arm: Arm, count: int) -> None:
             progress.update(tasks[arm.name], advance=count, accuracy=f"{arm.accuracies[-1]:.2f}%", refresh=True)
 
-        return [row for seed in range(seeds) for row in training.train_arms(data, seed, steps, advance)]
+        return [row for seed in seeds for row in training.train_arms(data, seed, steps, advance)]
+
+
+def bars(field: str) -> Progress:
+    """Bars of steps, each with a field of its own, on a terminal; nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[{field}]:>7}}"),
+        TimeRemainingColumn(),
+    )
+    # Drawn between blocks only: a thread that redraws would take its time from the arms.
+    return Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import tritonbn
+from bench.drift import drift, typical_unit
 from bench.measure import timed
 from bench.mnist_data import Mnist, Split
 from bench.networks.mlp import last_sigmoid_input, mnist_mlp
@@ -22,7 +23,6 @@ TARGET = 90.0  # percent; at 97% half of the runs without batch norm would never
 FIRST_LOSSES = 100
 PERCENTILES = (15, 50, 85)
 PROBE_IMAGES = 2000
-SETTLED = 1000  # steps before which the percentiles do not count for the choice of the unit
 WARM_UP = 10
 
 Progress = Callable[["Arm", int], None]  # called with the number of steps an arm has just made
@@ -45,6 +45,7 @@ class Row(TypedDict):
     first_losses: list[float]
     unit: int  # of the last hidden layer
     percentiles: list[list[float]]  # [step, 15%, 50%, 85%] of that unit's sigmoid input
+    drift: dict[str, float]  # of the layer: `bench.drift.Drift`
 
 
 class Arm:
@@ -146,15 +147,6 @@ def probe(network: nn.Sequential, images: Tensor) -> Tensor:
     return torch.quantile(inputs, points, dim=0).T.cpu()
 
 
-def typical_unit(percentiles: Tensor, steps: Sequence[int]) -> int:
-    """The unit with the median shift; shift = range of its median over time / mean 15-85 width."""
-    settled = [index for index, step in enumerate(steps) if step >= SETTLED]
-    late = percentiles[settled] if settled else percentiles  # [times, units, 3]
-    medians, widths = late[..., 1], late[..., 2] - late[..., 0]
-    shift = (medians.amax(0) - medians.amin(0)) / widths.mean(0)
-    return int(shift.argsort()[len(shift) // 2])
-
-
 def row(arm: Arm, none: Arm, ends: Sequence[int]) -> Row:
     steps, seconds = ends[-1], sum(arm.seconds)
     ratios = [ours / theirs for ours, theirs in zip(arm.seconds, none.seconds, strict=True)]
@@ -176,4 +168,5 @@ def row(arm: Arm, none: Arm, ends: Sequence[int]) -> Row:
         first_losses=arm.first_losses,
         unit=unit,
         percentiles=[[step, *points] for step, points in zip(ends, percentiles[:, unit].tolist(), strict=True)],
+        drift=drift(percentiles, ends)._asdict(),
     )

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
+import triton.language as tl
+
 from tritonbn import launch, signature, tickets
+
+# What Triton's interpreter replaces while a kernel runs, before any has: it does not put all of it back.
+LANGUAGE = {of: dict(vars(of)) for of in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)}
 
 # Nothing that is planned from here on reads or writes the user's measured plans, nor do processes that a test starts.
 CACHE = tempfile.TemporaryDirectory(prefix="tritonbn-tests-")
@@ -37,6 +42,18 @@ def one_thread() -> None:
 def nothing_known() -> None:
     """No test depends on what others were told about their tensors."""
     signature.forget()
+
+
+@pytest.fixture(autouse=True)
+def language() -> Iterator[None]:
+    """Kernels that a later test compiles in this process are compiled as they were written."""
+    yield
+    for of, known in LANGUAGE.items():
+        for name in [name for name, value in vars(of).items() if value is not known.get(name)]:
+            if name in known:
+                setattr(of, name, known[name])
+            elif of is tl.tensor:
+                delattr(of, name)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
 
 import tritonbn
-from bench import agreement, mnist_data, mnist_tables, training
+from bench import agreement, drift, mnist_data, mnist_tables, training
 from bench.networks.mlp import last_sigmoid_input, mnist_mlp
 from tests import idx_files
 
@@ -214,7 +214,7 @@ def test_table_by_hand(cells: list[list[str]]) -> None:
 def test_typical_unit_has_the_median_shift() -> None:
     median = torch.tensor([[9.0, 9.0, 9.0], [0.0, 0.0, 0.0], [0.1, 5.0, 0.4]])  # [times, units]
     percentiles = torch.stack([median - 1, median, median + 1], dim=-1)
-    assert training.typical_unit(percentiles, [100, 1000, 1500]) == 2
+    assert drift.typical_unit(percentiles, [100, 1000, 1500]) == 2
 
 
 def row(arm: str, **changes: Any) -> training.Row:

@@ -44,7 +44,7 @@ TINY: dict[str, tuple[Build, dict[str, Any]]] = {
     "mobilenet": (MobileNetV2, {"width": 0.2}),
     "bn-inception": (bn_inception, {"width": 0.05}),
     "bn-inception-without-bn": (bn_inception, {"width": 0.05, "batch_norm": False}),
-    "bn-inception-baseline": (bn_inception, {"width": 0.05, "regularized": True}),
+    "bn-inception-baseline": (bn_inception, {"width": 0.05, "dropout": 0.4, "response_normalization": True}),
     "bn-inception-sigmoid": (bn_inception, {"width": 0.05, "activation": "sigmoid"}),
     "bn-inception-small": (bn_inception, {"width": 0.05, "stem": "small"}),
     "bn-inception-small-without-bn": (bn_inception, {"width": 0.05, "stem": "small", "batch_norm": False}),
@@ -232,29 +232,35 @@ def test_bn_inception_has_a_nonlinearity_after_each_convolution_and_a_bias_or_ba
 LIKE_GOOGLENET = "5, alpha=0.0001, beta=0.75, k=1.0"
 
 
+BOTH = {"dropout": 0.4, "response_normalization": True}
+NEITHER = {"dropout": 0.0, "response_normalization": False}
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, False),
-        ({"batch_norm": False}, True),
-        ({"regularized": True}, True),
-        ({"batch_norm": False, "regularized": False}, False),
+        ({}, []),
+        ({"batch_norm": False}, ["response1", "response2", "dropout"]),
+        (BOTH, ["response1", "response2", "dropout"]),
+        ({"dropout": 0.4}, ["dropout"]),
+        ({"response_normalization": True}, ["response1", "response2"]),
+        ({"batch_norm": False, "dropout": 0.0}, ["response1", "response2"]),
+        ({"batch_norm": False, "response_normalization": False}, ["dropout"]),
+        ({"batch_norm": False, **NEITHER}, []),
     ],
-    ids=["bn", "original", "bn-baseline", "bare"],
+    ids=["bn", "original", "bn-baseline", "bn-dropout", "bn-lrn", "no-dropout", "no-lrn", "bare"],
 )
 @pytest.mark.parametrize("stem", ["original", "small"])
-def test_bn_inception_regularizes_as_the_original(options: dict[str, Any], expected: bool, stem: str) -> None:
+def test_bn_inception_regularizes_as_the_original(options: dict[str, Any], expected: list[str], stem: str) -> None:
     network = on_meta(bn_inception, stem=stem, **options)
     names = [name for name, _ in network.named_children()]
     extra = [name for name in names if isinstance(network.get_submodule(name), nn.LocalResponseNorm | nn.Dropout)]
-    assert extra == (["response1", "response2", "dropout"] if expected else [])
-    if expected:
-        assert [network.get_submodule(name).extra_repr() for name in extra] == [
-            *[LIKE_GOOGLENET] * 2,
-            "p=0.4, inplace=False",
-        ]
-        before = [names[names.index(name) - 1] for name in extra]
-        assert before == ["pool1", "conv2", "flatten"]
+    assert extra == expected
+    place = {"response1": "pool1", "response2": "conv2", "dropout": "flatten"}
+    for name in extra:
+        described = "p=0.4, inplace=False" if name == "dropout" else LIKE_GOOGLENET
+        assert network.get_submodule(name).extra_repr() == described
+        assert names[names.index(name) - 1] == place[name]
 
 
 def test_one_seed_gives_the_same_weights_with_and_without_batch_norm() -> None:
@@ -331,6 +337,7 @@ def test_evaluation_treats_each_image_alone(tiny: tuple[Build, dict[str, Any]]) 
         (bn_inception, {"stem": "tiny"}, r"stem: expected one of original, small, got 'tiny'"),
         (bn_inception, {"width": 0}, r"expected classes of at least 1 and width above 0, got 1000 and 0"),
         (bn_inception, {"classes": 0}, r"expected classes of at least 1 and width above 0, got 0 and 1\.0"),
+        (bn_inception, {"dropout": 1.0}, r"expected dropout of at least 0 and below 1, got 1\.0"),
         (MobileNetV2, {"width": -0.5}, r"expected classes of at least 1 and width above 0, got 1000 and -0\.5"),
         (MobileNetV2, {"classes": 0}, r"expected classes of at least 1 and width above 0, got 0 and 1\.0"),
         (resnet18, {"width": 0}, r"expected classes and width of at least 1, got 1000 and 0"),

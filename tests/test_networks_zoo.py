@@ -122,7 +122,7 @@ def test_mnist_has_ten_classes() -> None:
 def test_without_batch_norm_is_the_network_that_never_had_it() -> None:
     options = {"stem": "small", "classes": 7, "width": 0.1}
     bare = without_batch_norm(bn_inception(3, **options))  # type: ignore[arg-type]
-    never = bn_inception(3, batch_norm=False, regularized=False, **options)  # type: ignore[arg-type]
+    never = bn_inception(3, batch_norm=False, dropout=0.0, response_normalization=False, **options)  # type: ignore[arg-type]
     images = random(2, 3, 32, 32).float()
     assert {name: tensor.shape for name, tensor in bare.state_dict().items()} == {
         name: tensor.shape for name, tensor in never.state_dict().items()

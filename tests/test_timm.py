@@ -130,3 +130,17 @@ def test_models_of_timm() -> None:
         model.eval(), ours.eval()
         x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
         torch.testing.assert_close(ours(x), model(x))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_recalibrated_without_its_dropout(ours: bool) -> None:
+    """The second norm sees what the first lets through in evaluation."""
+    model: Any = nn.Sequential(norm_act(drop_layer=nn.Dropout2d), nn.BatchNorm2d(CHANNELS)).double()
+    plain = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.BatchNorm2d(CHANNELS)).double()
+    plain[0].load_state_dict(model[0].state_dict())
+    given = [images(seed=seed) for seed in range(3)]
+    for each in (tritonbn.convert(model) if ours else model, plain):
+        tritonbn.recalibrate(each, given)
+    for mine, theirs in ((model[0], plain[0]), (model[1], plain[2])):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-9)
+    assert model[0].drop.training

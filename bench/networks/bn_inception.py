@@ -112,49 +112,55 @@ def bn_inception(
     stem: Stem = "original",
     classes: int = CLASSES,
     width: float = 1.0,
-    regularized: bool | None = None,
+    dropout: float | None = None,
+    response_normalization: bool | None = None,
 ) -> nn.Sequential:
     """`[N, 3, H, W]` to `[N, classes]`; its children are the rows of figure 5, under their names.
 
     `stem="small"` is for 32x32 images: before 3a it shrinks them by 2, where the original shrinks 224x224 by 8.
-    `width` multiplies all channels. `regularized` adds local response normalization and dropout, by default where there
-    is no batch norm; the paper's BN-Baseline has both. They stand where GoogLeNet has them: the paper does not say.
+    `width` multiplies all channels. `dropout` is the share of features left out before the last layer, 0 for none;
+    `response_normalization` is local, in the stem. By default both are there (0.4) where there is no batch norm; the
+    paper's BN-Baseline has them too. They stand where GoogLeNet has them: the paper does not say.
 
     One seed gives the same weights with and without batch norm: Kaiming normal, biases 0, in all arms, since with
     torch's own initialization the network without batch norm forgets its input. Build it on the CPU.
-    Raises ValueError for an unknown activation or stem, and for sizes that leave nothing.
+    Raises ValueError for an unknown activation or stem, for sizes that leave nothing and for impossible dropout.
     """
     for name, given, known in (("activation", activation, Activation), ("stem", stem, Stem)):
         if given not in get_args(known):
             raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {given!r}")
     if classes < 1 or width <= 0:
         raise ValueError(f"expected classes of at least 1 and width above 0, got {classes} and {width}")
-    if regularized is None:
-        regularized = not batch_norm
+    if dropout is None:
+        dropout = 0.0 if batch_norm else DROPOUT
+    if not 0 <= dropout < 1:
+        raise ValueError(f"expected dropout of at least 0 and below 1, got {dropout}")
+    if response_normalization is None:
+        response_normalization = not batch_norm
     units = Units(batch_norm, activation, width)
-    layers = stem_layers(units, stem, regularized)
+    layers = stem_layers(units, stem, response_normalization)
     channels = units.scaled(STEM[-1])
     for name, filters in BLOCKS.items():
         layers[name] = block = Block(channels, filters, units)
         channels = block.outputs
     layers |= {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-    if regularized:
-        layers["dropout"] = nn.Dropout(DROPOUT)
+    if dropout:
+        layers["dropout"] = nn.Dropout(dropout)
     layers["linear"] = nn.Linear(channels, classes)
     network = nn.Sequential(OrderedDict(layers))
     initialize(network, seed)
     return network
 
 
-def stem_layers(units: Units, stem: Stem, regularized: bool) -> dict[str, nn.Module]:
+def stem_layers(units: Units, stem: Stem, response_normalization: bool) -> dict[str, nn.Module]:
     """What stands before 3a: `[N, 3, H, W]` to `[N, 192, H / 8, W / 8]`, or `[N, 192, H / 2, W / 2]` if small."""
     kernel, stride = (7, 2) if stem == "original" else (3, 1)
     first, *others = STEM
     layers: dict[str, nn.Module] = {"conv1": units.chain(3, (first, kernel, stride)), "pool1": pool("max", 2)}
-    if regularized:
+    if response_normalization:
         layers["response1"] = nn.LocalResponseNorm(NEIGHBOURS)
     layers["conv2"] = units.chain(units.scaled(first), (others[0], 1, 1), (others[1], 3, 1))
-    if regularized:
+    if response_normalization:
         layers["response2"] = nn.LocalResponseNorm(NEIGHBOURS)
     if stem == "original":
         layers["pool2"] = pool("max", 2)

@@ -14,8 +14,11 @@ NEEDED = {
     "machine": MACHINE,
     "steps": {"steps"},
     "mnist": {"machine", "settings", "data", "check", "kernels_compared", "arms"},
+    "study-mnist": {"machine", "settings", "data", "expected", "check", "kernels_compared", "notes", "arms"},
+    "study-covariate-shift": {"machine", "settings", "data", "figures", "notes"},
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
+    "study-inception": {"machine", "command", "settings", "data", "target", "lines", "norms_agree", "runs"},
     "models": {"machine", "settings", "rows", "tax", "with_data", "left_out"},
 }
 ROW = {
@@ -23,23 +26,34 @@ ROW = {
     "timed_by", "cold", "floor_bytes", "gb_per_s", "percent_of_floor", "ratio_to_best_peer", "plan", "error",
 }  # fmt: skip
 WALL = {"set", "shape", "layout", "dtype", "epilogue", "direction", "provider", "us", "us_low", "us_high", "error"}
+ARM = {
+    "arm", "seed", "steps", "steps_per_second", "images_per_second", "step_time_to_none", "test_accuracy",
+    "steps_to_90",
+}  # fmt: skip
 # Of one arm of a network in one setting, of its BN tax, and with a loader of real images.
-ARM = {"model", "batch", "image", "layout", "dtype", "mode", "direction", "provider", "processes", "error"}
-STEP = ARM | {
+STEP_ARM = {"model", "batch", "image", "layout", "dtype", "mode", "direction", "provider", "processes", "error"}
+STEP = STEP_ARM | {
     "ms", "ms_low", "ms_high", "forward_ms", "backward_ms", "optimizer_ms", "images_per_second", "speedup",
     "speedup_low", "speedup_high", "first_step_s", "peak_bytes", "shares", "kernels", "norms", "swapped", "fused",
     "left", "folded", "difference", "agrees", "finite", "stable", "warm_up_steps", "notes",
 }  # fmt: skip
-TAX = (ARM - {"batch", "error"}) | {"points", "fixed_ms", "per_example_us", "pass_bytes"}
-READ = ARM | {"data", "workers", "images_per_second", "images_per_second_low", "images_per_second_high", "waiting",
-              "skipped"}  # fmt: skip
+TAX = (STEP_ARM - {"batch", "error"}) | {"points", "fixed_ms", "per_example_us", "pass_bytes"}
+READ = STEP_ARM | {
+    "data", "workers", "images_per_second", "images_per_second_low", "images_per_second_high", "waiting", "skipped",
+}  # fmt: skip
 ROWS = {
     "models": {"rows": STEP, "tax": TAX, "with_data": READ},
     "ops": {"rows": ROW, "wall": WALL},
     "overhead": {"rows": {"case", "launches", "us", "parts_us"}},
     "steps": {"steps": {"name", "result", "seconds", "last_line", "commit"}},
-    "mnist": {"arms": {"arm", "seed", "steps", "steps_per_second", "images_per_second", "step_time_to_none",
-                       "test_accuracy", "steps_to_90"}},
+    "mnist": {"arms": ARM},
+    "study-mnist": {"arms": ARM | {"drift"}},
+    "study-covariate-shift": {"figures": {"explanation", "name", "unit", "without", "with_bn"}},
+    "study-inception": {
+        "lines": {"arm", "norm", "seeds", "steps_to_target", "seconds_to_target", "fewer_steps", "fewer_seconds",
+                  "ms_per_step", "best", "best_step", "best_top5", "diverged_at", "paper", "agrees"},
+        "runs": {"arm", "norm", "seed", "inference"},
+    },
 }  # fmt: skip
 
 

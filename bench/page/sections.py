@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import mnist_tables
-from bench.page import models
+from bench.page import inception, models, study
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
+# Commands whose files have settings with steps and seeds, by the file.
+OF_MNIST = {"mnist": "mnist", "study-mnist": "study mnist", "study-covariate-shift": "study covariate-shift"}
 VERSIONS = ("python", "torch", "triton", "cuda", "cudnn", "driver")
 
 
@@ -15,10 +17,13 @@ def repeat(folders: Sequence[Folder]) -> str:
     """The commands that give each kind of result."""
     commands = [("everything that needs a GPU", "make VENV= PYTHON=python3 gpu")]
     for folder in folders:
-        if "mnist" in folder.files:
-            chosen = folder.files["mnist"]["settings"]
-            options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
-            commands.append((f"{folder.prefix}mnist.json", f"python -m bench mnist {options}"))
+        for name, command in OF_MNIST.items():
+            if name in folder.files:
+                chosen = folder.files[name]["settings"]
+                options = f"--data DIR --steps {chosen['steps']} --seeds {chosen['seeds']}"
+                commands.append((f"{folder.prefix}{name}.json", f"python -m bench {command} {options}"))
+        if "study-inception" in folder.files:
+            commands.append((f"{folder.prefix}study-inception.json", folder.files["study-inception"]["command"]))
         if "models" in folder.files:
             commands.append((f"{folder.prefix}models.json", folder.files["models"]["settings"]["command"]))
         if "overhead" in folder.files:
@@ -113,4 +118,12 @@ def steps(folder: Folder) -> str:
 
 
 # By the file that each is made of, in the order of the page.
-SECTIONS = {"steps": steps, "mnist": mnist, "models": models.networks, "overhead": overhead}
+SECTIONS = {
+    "steps": steps,
+    "mnist": mnist,
+    "models": models.networks,
+    "study-mnist": study.mnist,
+    "study-inception": inception.section,
+    "study-covariate-shift": study.covariate_shift,
+    "overhead": overhead,
+}
