@@ -135,6 +135,16 @@ def test_state_comes_back_in_place() -> None:
     assert not any(buffer.any() for buffer in buffers)
 
 
+def test_one_example_is_enough_for_inference(tmp_path: Path) -> None:
+    """Training needs two here: torch says so for all, and that is no failure of ours."""
+    words = ("--model", "mnist-mlp", "--batch", "1", "--dtype", "fp32", "--mode", "eager", "--steps", "1")
+    assert main(["models", *words, "--provider", "torch,tritonbn", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    (training,) = {row["error"] for row in rows if row["direction"] == "training"}
+    assert training.startswith("ValueError: Expected more than 1 value per channel when training")
+    assert all(row["images_per_second"] > 0 and row["agrees"] for row in rows if row["direction"] == "inference")
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_what_a_device_cannot_do_is_a_row_that_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(tmp_path, "--mode", "graph", "--training")["rows"]

@@ -21,6 +21,8 @@ SWAP_ONLY = (
     "how tritonbn and torch compare in speed is noise, and says nothing about a GPU."
 )
 
+INTERPRETED = "Our kernels run in Triton's interpreter on the CPU: their times say nothing."
+
 
 def title(row: Row) -> str:
     size = "" if row["image"] is None else f" of {row['image']}x{row['image']}"
