@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bench.errors import BenchError
@@ -103,13 +103,15 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def opened(path: Path) -> Image.Image:
-    """The decoded image in RGB; raises UnreadableImage."""
+    """The decoded image in RGB; raises UnreadableImage, which says why."""
     try:
         with Image.open(path) as image:
             decoded: Image.Image = image.convert("RGB")
             return decoded
+    except UnidentifiedImageError:  # its message is the path
+        raise UnreadableImage("no image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UnreadableImage(f"{path}: {error}") from None
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
 
 
 def pixels(image: Image.Image, side: int, box: Box) -> Tensor:
@@ -133,7 +135,7 @@ class Memory(NamedTuple):
 
     images: Tensor  # [N, 3, side, side] uint8
     labels: Tensor  # [N] int64
-    skipped: list[str]  # the files left out, each with what is wrong
+    skipped: list[str]  # the files left out, by their path in the data folder, each with what is wrong
 
 
 def in_memory(split: Split, side: int) -> Memory:
@@ -155,12 +157,12 @@ def in_memory(split: Split, side: int) -> Memory:
     images = torch.empty(len(split), 3, side, side, dtype=torch.uint8)
     labels, skipped = list[int](), list[str]()
     with ThreadPoolExecutor() as pool:  # decoding and scaling leave Python's lock to others
-        for label, image in zip(split.labels, pool.map(decode, split.files), strict=True):
+        for path, label, image in zip(split.files, split.labels, pool.map(decode, split.files), strict=True):
             if isinstance(image, Tensor):
                 images[len(labels)] = image.permute(2, 0, 1)
                 labels.append(label)
             else:
-                skipped.append(str(image))
+                skipped.append(f"{path.relative_to(split.folder.parent)}: {image}")
     if not labels:
         raise BenchError(f"{split.folder}: none of {len(split):,} images can be read; {skipped[0]}")
     return Memory(images[: len(labels)], torch.tensor(labels), skipped)
