@@ -17,7 +17,7 @@ pytest.importorskip("PIL", reason="the benchmarks are an extra: pip install -e .
 from PIL import Image
 
 from bench.__main__ import main, parse
-from bench.models import arms, measured, steps, turns
+from bench.models import arms, firsts, steps, turns
 from bench.models.crew import Crew
 from bench.models.measured import Bench, Comparison
 from bench.models.settings import Setting, fill_in, settings
@@ -81,6 +81,7 @@ def test_rows_hold_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert sum(row["shares"].values()) == pytest.approx(1)
         assert row["bn_elements"] == 2 * 4 * 8 * 8
         assert row["agrees"] is (None if name == "none" else True), row["difference"]
+        assert name == "none" or row["deviation"] < 1e-2
         assert row["steps"] >= 2
     layers = ("norms", "swapped", "fused", "folded", "left")
     found = {name: tuple(rows["inference", name][what] for what in layers) for _, name in rows}
@@ -106,7 +107,7 @@ def test_warm_up_leaves_no_trace() -> None:
     parameters = list(begin.network.parameters())
     optimizer = torch.optim.SGD(parameters, lr=steps.LEARNING_RATE, momentum=steps.MOMENTUM)
     losses = []
-    for _ in range(measured.FIRST):
+    for _ in range(firsts.STEPS):
         loss = cross_entropy(begin.network(begin.x), begin.y)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -114,7 +115,7 @@ def test_warm_up_leaves_no_trace() -> None:
         losses.append(loss.item())
     assert losses[0] != losses[1]
     for row in rows.values():
-        assert row["first_losses"] == pytest.approx(losses, rel=1e-4)
+        assert row["first_losses"] == pytest.approx(losses, rel=1e-3)
 
 
 def test_state_comes_back_in_place() -> None:
@@ -132,6 +133,16 @@ def test_state_comes_back_in_place() -> None:
     buffers = [kept["momentum_buffer"] for kept in work.optimizer.state.values()]
     assert len(buffers) == len(list(begin.network.parameters()))
     assert not any(buffer.any() for buffer in buffers)
+
+
+def test_one_example_is_enough_for_inference(tmp_path: Path) -> None:
+    """Training needs two here: torch says so for all, and that is no failure of ours."""
+    words = ("--model", "mnist-mlp", "--batch", "1", "--dtype", "fp32", "--mode", "eager", "--steps", "1")
+    assert main(["models", *words, "--provider", "torch,tritonbn", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    (training,) = {row["error"] for row in rows if row["direction"] == "training"}
+    assert training.startswith("ValueError: Expected more than 1 value per channel when training")
+    assert all(row["images_per_second"] > 0 and row["agrees"] for row in rows if row["direction"] == "inference")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

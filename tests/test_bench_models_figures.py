@@ -189,17 +189,39 @@ def test_times_of_parts_and_whole() -> None:
 
 
 def test_losses_that_differ_are_a_failure_of_ours_alone() -> None:
-    torchs = row(provider="torch", first_losses=[2.0, 1.0])
-    ours = row(provider="fused", first_losses=[2.0, 1.2])
-    again = row(provider="torch-again", first_losses=[2.0, 1.2])
-    for each in (torchs, ours, again):
-        each |= rows.compared(each, None, torchs, None)
-    assert (ours["difference"], ours["agrees"]) == (pytest.approx(0.2), False)
-    assert rows.failed([torchs, ours, again]) == [ours]
-    broken = row(provider="tritonbn", first_losses=[2.0, float("nan")])
-    assert rows.compared(broken, None, torchs, None)["agrees"] is False
-    logits = torch.tensor([[1.0, -4.0]])
-    assert rows.compared(ours, logits + 0.1, torchs, logits)["difference"] == pytest.approx(0.025)
+    exact = torch.tensor([2.0, 1.0])
+    made = {}
+    for provider, far in (("torch", 0.01), ("torch-again", 0.5), ("tritonbn", 0.12), ("fused", 0.09), ("none", 1.0)):
+        made[provider] = row(provider=provider)
+        made[provider] |= rows.compared(made[provider], exact + far, exact + 0.01, exact)
+    assert made["fused"]["difference"] == pytest.approx(0.08 / 2.01)
+    assert made["fused"]["deviation"] == pytest.approx(0.09 / 2)
+    # bf16: torch's own 0.005 twice, and 0.02
+    assert {name: each["agrees"] for name, each in made.items()} == {
+        "torch": True, "torch-again": False, "tritonbn": False, "fused": False, "none": None,
+    }  # fmt: skip
+    assert rows.failed([*made.values()]) == [made["tritonbn"], made["fused"]]
+
+
+def test_what_rounding_explains_is_no_failure() -> None:
+    exact = torch.tensor([2.0, 1.0])
+    ours = row(provider="fused")
+    found = rows.compared(ours, exact + 0.4, exact - 0.2, exact)
+    assert (found["deviation"], found["agrees"]) == (pytest.approx(0.2), True), "twice torch's own 0.1"
+    assert rows.compared(ours, exact + 0.45, exact - 0.2, exact)["agrees"] is False
+    assert rows.compared(ours, exact + 0.4, exact - 0.2, None)["agrees"] is None, "nobody knows"
+    assert rows.compared(ours, exact + 0.01, exact, None)["agrees"] is True
+    assert rows.compared(ours, torch.tensor([2.0, float("nan")]), exact, exact)["agrees"] is False
+
+
+def test_what_torch_cannot_do_either_is_no_failure_of_ours() -> None:
+    other = Setting("resnet50", 128, 224, "channels_last", "bf16", "eager", "training")
+    ours, torchs = (row(provider=name, ms=None, error="not finite") for name in ("fused", "torch"))
+    assert rows.failed([ours, torchs]) == []
+    assert rows.failed([ours]) == [ours]
+    assert rows.failed([ours, row(other, "torch", ms=None, error="not finite")]) == [ours]
+    assert rows.failed([ours, row(provider="torch")]) == [ours]
+    assert rows.failed([row(ms=None, error="not here: CUDA graphs need a GPU")]) == []
 
 
 def test_tables_shorten_no_number(capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,7 +209,8 @@ def introduce(results: Results, device: torch.device) -> None:
         f"input: {chosen['input']}; {chosen['optimizer']}; {chosen['steps']} timed steps or more of each provider",
         *chosen["precision"].values(),
         "ms per step: median (quartiles); x torch: times as fast as torch in the same turns, median (quartiles) of "
-        "rounds; torch-again is torch once more, its x the noise; differs: from torch's losses or outputs",
-        *([] if chosen["kernels_compared"] else [tables.SWAP_ONLY]),
+        "rounds; torch-again is torch once more, its x the noise",
+        "off fp32: how far the losses of the first steps, or the outputs, are from those in fp32, of the largest",
+        *([] if device.type == "cuda" else [tables.INTERPRETED if chosen["kernels_compared"] else tables.SWAP_ONLY]),
     ):
         console.print(line, soft_wrap=True)

@@ -18,6 +18,7 @@ from bench.networks.bare import without_batch_norm
 BASELINE, AGAIN = "torch", "torch-again"
 OURS = ("tritonbn", "fused", "tritonbn-folded")
 SEED = 0
+LEAST = 8  # examples that the running statistics are of: those of one or two are no statistics
 
 
 class Start(NamedTuple):
@@ -41,14 +42,14 @@ def names(setting: Setting, providers: Sequence[str]) -> list[str]:
 
 
 def start(setting: Setting, device: torch.device, classes: int | None = None, seed: int = SEED) -> Start:
-    """Network and input, the same for one seed; random numbers for images. The running statistics are the input's."""
+    """Network and input, the same for one seed; random numbers for images. The running statistics are theirs."""
     kind = zoo.network(setting.model)
     classes = classes or kind.classes
     torch.manual_seed(SEED)
     network = kind.build(classes)
     generator = torch.Generator().manual_seed(seed)
     sizes = (kind.features,) if setting.image is None else (kind.features, setting.image, setting.image)
-    x = torch.randn(setting.batch, *sizes, generator=generator)
+    x = torch.randn(max(setting.batch, LEAST), *sizes, generator=generator)
     y = torch.randint(classes, (setting.batch,), generator=generator)
     if setting.layout == "channels_last":
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -56,7 +57,7 @@ def start(setting: Setting, device: torch.device, classes: int | None = None, se
     network, x = network.to(device), x.to(device)
     elements = counted(network)
     tritonbn.recalibrate(network, [x])
-    return Start(network.train(setting.training), x, y.to(device), elements() // setting.batch)
+    return Start(network.train(setting.training), x[: setting.batch], y.to(device), elements() // len(x))
 
 
 def counted(network: nn.Module) -> Callable[[], int]:

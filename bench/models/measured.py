@@ -13,6 +13,7 @@ from bench.errors import BenchError
 from bench.models import arms, profiles, reading, rows, turns
 from bench.models.arms import BASELINE, SEED, Start
 from bench.models.crew import Crew
+from bench.models.firsts import exact_results, first_results
 from bench.models.reading import Images
 from bench.models.rows import NOT_HERE, Row
 from bench.models.settings import Setting
@@ -20,7 +21,6 @@ from bench.models.steps import State, Work
 from bench.rows import survived
 from bench.timing import peak_bytes
 
-FIRST = 5  # steps from the first weights, after the warm-up: their losses must agree
 Tick = Callable[[str], None]
 
 
@@ -41,7 +41,7 @@ class Arm:
         self.row, self.provider = row, str(row["provider"])
         self.work: Work
         self.state: State  # of its start
-        self.logits: Tensor | None = None
+        self.result: Tensor  # losses of the first steps, or logits
         self.rounds: list[Tensor] = []
 
 
@@ -53,6 +53,7 @@ class Comparison:
         self.rows = {name: rows.blank(setting, name, self.crew.size) for name in arms.names(setting, providers)}
         self.with_data: list[Row] = []
         self.arms: dict[str, Arm] = {}
+        self.exact: Tensor | None = None  # what the first steps should give
 
     def measure(self) -> None:
         """Fill the rows; within `measuring`."""
@@ -125,6 +126,8 @@ class Comparison:
         classes = None if self.bench.images is None else self.bench.images.classes
         make = partial(arms.start, self.setting, self.device, classes, SEED + self.crew.rank)
         self.attempt(list(self.rows.values()), lambda: begin.append(make()))
+        if begin:
+            self.attempt([], partial(self.refer, begin[0]))  # it may take more memory than the others
         for name, row in self.rows.items() if begin else ():
             self.bench.tick(f"{name} warm-up")
             before = allocated(self.device)
@@ -133,6 +136,9 @@ class Comparison:
             self.attempt([row], partial(self.construct, arm, begin[0]))
             if name in self.arms:
                 self.attempt([row], partial(self.prepare, arm, before))
+
+    def refer(self, begin: Start) -> None:
+        self.exact = exact_results(begin, self.setting, self.crew)
 
     def construct(self, arm: Arm, begin: Start) -> None:
         network = arms.network_of(arm.provider, begin)
@@ -170,26 +176,20 @@ class Comparison:
         arm.row |= rows.warmed(turns.warm_up(arm.work, self.device), arm.row)
 
     def first_steps(self, arm: Arm) -> None:
-        """From the first weights again, with the same random numbers for all."""
+        """From the first weights again."""
         work, row = arm.work, arm.row
         work.restore(arm.state)
-        torch.manual_seed(SEED + self.crew.rank)
-        losses = []
-        for _ in range(FIRST if work.training else 1):
-            work.step()
-            losses.append(work.result.detach().clone())
+        arm.result = first_results(work, self.crew)
         if work.training:
-            row["first_losses"] = torch.stack(losses).tolist()
-        else:
-            arm.logits = losses[0].float().cpu()
-        row["finite"] = all(bool(loss.isfinite().all()) for loss in losses)
+            row["first_losses"] = arm.result.tolist()
+        row["finite"] = bool(arm.result.isfinite().all())
         if not row["finite"]:
             raise FloatingPointError(f"the {'loss' if work.training else 'output'} is not finite: not timed")
 
     def compare(self) -> None:
         if (torchs := self.arms.get(BASELINE)) is not None:
             for arm in self.arms.values():
-                arm.row |= rows.compared(arm.row, arm.logits, torchs.row, torchs.logits)
+                arm.row |= rows.compared(arm.row, arm.result, torchs.result, self.exact)
 
     def time(self) -> None:
         """All arms in turns."""

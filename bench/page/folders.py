@@ -35,7 +35,7 @@ STEP_ARM = {"model", "batch", "image", "layout", "dtype", "mode", "direction", "
 STEP = STEP_ARM | {
     "ms", "ms_low", "ms_high", "forward_ms", "backward_ms", "optimizer_ms", "images_per_second", "speedup",
     "speedup_low", "speedup_high", "first_step_s", "peak_bytes", "shares", "kernels", "norms", "swapped", "fused",
-    "left", "folded", "difference", "agrees", "finite", "stable", "warm_up_steps", "notes",
+    "left", "folded", "difference", "deviation", "agrees", "finite", "stable", "warm_up_steps", "notes",
 }  # fmt: skip
 TAX = (STEP_ARM - {"batch", "error"}) | {"points", "fixed_ms", "per_example_us", "pass_bytes"}
 READ = STEP_ARM | {

@@ -72,10 +72,13 @@ def networks(folder: Folder) -> str:
     drawn = pictures.drawn(content["rows"], content["tax"])
     return joined(
         "### Whole networks",
-        "" if gpu else f"**Measured on a CPU.** {tables.SWAP_ONLY}",
+        ""
+        if gpu
+        else f"**Measured on a CPU.** {tables.INTERPRETED if chosen['kernels_compared'] else tables.SWAP_ONLY}",
         f"Input: {chosen['input']}. {chosen['optimizer']}. {'; '.join(chosen['precision'].values())}. Milliseconds per "
         "step: median (quartiles). x torch: times as fast as torch in the same turns; torch-again is torch once more, "
-        "and its x the noise. Shares are of the time of all "
+        "and its x the noise. off fp32: how far the losses of the first steps, or the outputs, are from those in fp32, "
+        "of the largest. Shares are of the time of all "
         f"{'GPU kernels' if gpu else 'CPU operators'}.",
         *(f"![{text}]({folder.prefix}{name})" for name, text in drawn.items()),
         *(setting(rows) for rows in settings[:OPEN]),
