@@ -76,10 +76,11 @@ class Loader(DataLoader[tuple[Tensor, int]]):
 def loader(split: Split, batch: int, side: int, *, training: bool, workers: int, seed: int, pin: bool) -> Loader:
     """Batches of a split, for training shuffled and all of one size. `pin`: in memory that the GPU copies from.
 
-    Raises BenchError where there are too few images for one batch.
+    Raises BenchError where there are too few images for one batch, or none that can be read.
     """
     if training and len(split) < batch:
         raise BenchError(f"{split.folder}: expected at least {batch} images, one batch; got {len(split)}")
+    Files(split, side, training=False)[0]  # here: from a worker the error would come with its traceback
     files = Files(split, side, training)
     made = Loader(
         files, batch, shuffle=training, drop_last=training, num_workers=workers, pin_memory=pin, collate_fn=collated,

@@ -89,6 +89,18 @@ def test_nothing_readable(root: Path) -> None:
         image_loader.Files(train, 8, training=True)[0]
 
 
+def test_nothing_readable_is_known_before_workers_start(root: Path) -> None:
+    """An error of a worker comes with its traceback."""
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"x")
+    train, val = images.splits(root)
+    with pytest.raises(BenchError, match=r"^\S+train: none of 6 images can be read$"):
+        next(iter(image_loader.loader(train, 2, 8, training=True, workers=1, seed=0, pin=False)))
+    chance = torch.get_rng_state()
+    assert image_loader.loader(val, 2, 8, training=True, workers=0, seed=0, pin=False).files.skipped == 0
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
 def test_more_than_memory(root: Path) -> None:
     with pytest.raises(BenchError, match=r"6 images of 1000000x1000000 take 18,000\.0 GB; expected at most half"):
         images.in_memory(images.splits(root)[0], 1_000_000)
