@@ -3,8 +3,8 @@
 Each is a function that takes an epilogue and the layer's state and gives `operation(x, residual) -> y`, in training.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tritonbn
 from bench import peers
+from bench.cudnn import cudnn
 from bench.problem import Epilogue, Problem, State
 from tritonbn import launch
 
@@ -78,18 +79,8 @@ def compiled_operation(mode: str, epilogue: Epilogue, state: State) -> Operation
     return partial(compiled, epilogue.activation, *state)
 
 
-@contextmanager
-def no_cudnn() -> Iterator[None]:
-    """Without cuDNN; torch's own context would set precisions too, which not every version lets one set back.
-
-    Nor by its property, which torch's test helpers freeze.
-    """
-    before = torch.backends.cudnn.enabled
-    torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_cudnn_enabled(before)
+def no_cudnn() -> AbstractContextManager[object]:
+    return cudnn(enabled=False)
 
 
 def keeping_buffers() -> AbstractContextManager[object]:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import tritonbn
 from bench.__main__ import main
+from bench.cudnn import cudnn
 from bench.study import inception_progress, inception_runs, trainer
 from bench.study.inception_runs import Row
 from tests import image_folders
@@ -204,13 +205,10 @@ def test_statistics_are_compared_in_float32_and_not_in_tf32(
         return logits(*args)
 
     monkeypatch.setattr(inception_runs, "logits", noted)
-    before = torch.backends.cudnn.allow_tf32
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert main(command(folder, tmp_path, "--arm", "BN-x5", "--steps", "2")) == 0
+    with cudnn(allow_tf32=True):
+        assert main(command(folder, tmp_path, "--arm", "BN-x5", "--steps", "2")) == 0
+        assert torch.backends.cudnn.allow_tf32
     assert allowed == [True, False, False, False], "training as it is, then moving averages, population, folded"
-    assert torch.backends.cudnn.allow_tf32
-    monkeypatch.undo()
-    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def empty(root: Path) -> None:

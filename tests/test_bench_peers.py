@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import peers
+from bench.cudnn import cudnn
 from bench.problem import EPILOGUES, Epilogue, Inputs, Problem, State, make_inputs
 from bench.providers import EPS, MOMENTUM, PROVIDERS, Operation, eager_operation
 from bench.rows import call_for
@@ -88,6 +89,11 @@ def test_without_cudnn_where_its_flags_are_frozen(monkeypatch: pytest.MonkeyPatc
         torch.backends.cudnn.enabled = False
     with PROVIDERS["eager-no-cudnn"].scope():
         assert not torch.backends.cudnn.enabled
+    for switch in ("benchmark", "allow_tf32"):
+        before = getattr(torch.backends.cudnn, switch)
+        with cudnn(**{switch: not before}):
+            assert getattr(torch.backends.cudnn, switch) == (not before)
+        assert getattr(torch.backends.cudnn, switch) == before
 
 
 def test_without_cudnn_is_undone() -> None:

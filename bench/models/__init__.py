@@ -16,6 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.console import console
+from bench.cudnn import cudnn
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.gpu import gpu_facts
@@ -89,7 +90,8 @@ def measure(
     console.quiet = crew.rank > 0
     steps = args.steps or (STEPS if device.type == "cuda" else FEW_STEPS)
     facts = machine(device) | (gpu_facts() if device.type == "cuda" else {})
-    with measuring(device), tuned(device), progress(len(chosen)) as (tick, advance):
+    # cuDNN chooses among its kernels by measuring them, as people train.
+    with measuring(device), cudnn(benchmark=device.type == "cuda"), progress(len(chosen)) as (tick, advance):
         facts["copy_gb_per_s"] = copy_bandwidth(device, SAMPLES if device.type == "cuda" else 3) / 1e9
         results = Results(facts, described(args, steps, crew, device, images), out, crew)
         introduce(results, device)
@@ -105,17 +107,6 @@ def measure(
             results.add(list(comparison.rows.values()), comparison.with_data)
     results.finish(draw=args.tax or len(args.batch) > 1)
     return 1 if failed(results.rows) else 0
-
-
-@contextmanager
-def tuned(device: torch.device) -> Iterator[None]:
-    """cuDNN chooses among its kernels by measuring them, as people train."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from typing import NamedTuple, TypedDict, cast
 from torch import Tensor
 
 import tritonbn
+from bench.cudnn import cudnn
 from bench.study.augment import Pixels
 from bench.study.checkpoint import Saved, Store
 from bench.study.recipe import Recipe
-from bench.study.trainer import Norm, Options, Trainer, logits, without_tf32
+from bench.study.trainer import Norm, Options, Trainer, logits
 from tritonbn.timing import measuring
 
 TOP = 5
@@ -199,7 +200,7 @@ class Run:
 
     def finish(self) -> None:
         if self.trainer.recipe.batch_norm and self.row["diverged_at"] is None:
-            with without_tf32():
+            with cudnn(allow_tf32=False):  # which rounds to ten bits
                 self.row["inference"] = self.inference(min(POPULATION, self.step))
         self.finished = True
 
