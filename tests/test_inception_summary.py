@@ -89,7 +89,11 @@ def test_divergence_is_no_result() -> None:
     broken = run("Inception", 2, [99], diverged_at=150)
     summary = summarize([*INCEPTION, broken, run("Inception-x5", 0, [], diverged_at=7)], CLASSES)
     assert summary["target"] == 62.0, "of the seeds that did not diverge"
-    assert line(summary, "Inception")["agrees"] == "diverges in 1 of 3 runs"
+    base = line(summary, "Inception")
+    assert base["agrees"] == "diverges in 1 of 3 runs"
+    assert (base["steps_to_target"], base["seconds_to_target"]) == ([300, 400, None], [3, 4, None])
+    quick = summarize([*INCEPTION, broken, run("BN-x5", 0, [62])], CLASSES)
+    assert line(quick, "BN-x5")["fewer_steps"] == 3.5
     five = line(summary, "Inception-x5")
     assert five["agrees"] == "yes"
     assert list(inception_tables.lines(summary, " "))[1][1] == "diverged at 7"
@@ -135,6 +139,13 @@ def test_batch_norms_agree_within_the_range_of_seeds(theirs: list[list[float]], 
     assert ("apart" in inception_tables.norms_text(summary)) is not agree
     assert line(summary, "BN-x5", "torch")["steps_to_target"] != []
     assert inception_tables.norms_text(summarize(INCEPTION, CLASSES)) == ""
+
+
+def test_batch_norms_that_never_arrive_agree_in_nothing() -> None:
+    runs = [run("BN-x5-Sigmoid", 0, [1, 2], norm=norm) for norm in ("torch", "tritonbn")]
+    summary = summarize([*INCEPTION, *runs], CLASSES)
+    assert summary["norms_agree"] == {}
+    assert inception_tables.norms_text(summary) == ""
 
 
 def test_folding_that_changes_answers_is_named() -> None:

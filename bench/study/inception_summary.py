@@ -33,7 +33,7 @@ class Line(TypedDict):
 class Summary(TypedDict):
     target: float | None  # mean over seeds of the best accuracy of Inception; None if it was not run, or diverged
     lines: list[Line]
-    norms_agree: dict[str, bool]  # by arm: whether torch's and our batch norm arrive within each other's range of seeds
+    norms_agree: dict[str, bool]  # by arm: whether the seeds' ranges of steps with torch's and our batch norm overlap
 
 
 def summarize(rows: Sequence[Row], classes: int) -> Summary:
@@ -58,8 +58,9 @@ def summarize(rows: Sequence[Row], classes: int) -> Summary:
 
 def line(rows: Sequence[Row], target: float | None) -> Line:
     arm, bests = rows[0]["arm"], [best(row) for row in rows]
-    # Inception's own best is the target, so that each of its seeds arrives there with its own.
-    points = bests if arm == BASE else [arrival(row, target) for row in rows]
+    # Inception's own best is the target, so that each of its seeds that made the target arrives there with its own.
+    own = [None if row["diverged_at"] else point for row, point in zip(rows, bests, strict=True)]
+    points = own if arm == BASE else [arrival(row, target) for row in rows]
     return Line(
         arm=arm,
         norm=rows[0]["norm"],
@@ -170,7 +171,7 @@ EXPECTED: dict[str, Callable[[Line, Sequence[Line], float], str | None]] = {
 
 
 def norms_agree(lines: Sequence[Line]) -> dict[str, bool]:
-    """Per arm that was run with both: whether their ranges of steps to the target overlap, never being the longest."""
+    """Per arm with both where any run arrives: whether the ranges of steps to the target overlap, never the longest."""
     found = {}
     for ours in lines:
         theirs = next((one for one in lines if (one["arm"], one["norm"]) == (ours["arm"], "torch")), None)
@@ -179,7 +180,8 @@ def norms_agree(lines: Sequence[Line]) -> dict[str, bool]:
         if ours["steps_to_target"] is None or theirs["steps_to_target"] is None:
             continue
         a, b = ([float("inf") if s is None else s for s in one["steps_to_target"] or ()] for one in (ours, theirs))
-        found[ours["arm"]] = min(a) <= max(b) and min(b) <= max(a)
+        if min(*a, *b) < float("inf"):
+            found[ours["arm"]] = min(a) <= max(b) and min(b) <= max(a)
     return found
 
 

@@ -131,13 +131,15 @@ def inference_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
 
 
 def norms_text(summary: Summary) -> str:
-    """Whether torch's and our batch norm take the same number of steps; "" where not both were run."""
+    """Whether torch's and our batch norm take the same number of steps; "" where not both arrive."""
     if not summary["norms_agree"]:
         return ""
     apart = [arm for arm, agree in summary["norms_agree"].items() if not agree]
     if apart:
-        return f"Steps to the target lie apart with torch's and with tritonbn's batch norm in: {', '.join(apart)}."
-    return "Steps to the target lie within each other's range of seeds with torch's and with tritonbn's batch norm."
+        found = f"lie apart with torch's and with tritonbn's batch norm in: {', '.join(apart)}."
+    else:
+        found = "with torch's and with tritonbn's batch norm overlap."
+    return f"The seeds' ranges of steps to the target {found} tritonbn's does the nonlinearity as well."
 
 
 def data_text(same: bool) -> str:
