@@ -224,6 +224,18 @@ def test_other_settings_are_refused(
     assert (tmp_path / "out" / "study-mnist.json").read_bytes() == before
 
 
+def test_other_kernels_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the results would say that kernels ran, of seeds without them."""
+    assert main(command(folder, tmp_path)) == 0
+    monkeypatch.setattr(launch, "INTERPRETED", not launch.INTERPRETED)
+    seeds = trained(monkeypatch)
+    assert main(command(folder, tmp_path)) == 2
+    assert "kept by a run with batch_norm_path 'ATen reference (CPU tensors)' instead" in capsys.readouterr().err
+    assert seeds == []
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"identity": {}}', '{"identity": 3, "result": {}}'])
 def test_broken_file_is_named(folder: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "study-mnist" / "seed-0.json"

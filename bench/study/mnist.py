@@ -59,7 +59,7 @@ def train(job: job_of.Job, args: argparse.Namespace) -> tuple[list[Row], list[di
     """The rows of all seeds, those kept by an earlier run among them, and which machine and commit each seed is of."""
     follows = ("seeds", "evaluated_at")  # any number of seeds goes on; the other follows from the steps
     identity = {name: value for name, value in job_of.settings(args).items() if name not in follows}
-    identity |= {"data": job.data.name, "data_sha256": kept.digest(job.data)}
+    identity |= {"data": job.data.name, "data_sha256": kept.digest(job.data), "batch_norm_path": job.path}
     identity |= {name: job.facts[name] for name in ("device", "threads")}
     paths = [job.out / NAME / f"seed-{seed}.json" for seed in range(args.seeds)]
     earlier = [kept.read(path, identity) for path in paths]  # all, before minutes are spent on one of them
