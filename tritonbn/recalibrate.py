@@ -39,7 +39,7 @@ def recalibrate(
 
     Args:
         model: with batch norm that has running statistics: torch's, ours, SyncBatchNorm, any subclass, frozen or not.
-            SyncBatchNorm weighs the statistics of all processes by the n of its own.
+            SyncBatchNorm weighs the statistics of all processes by the n of its own; others know but their process.
         loader: batches of training data. Each is the input of `model`, or a list or tuple that begins with it.
         batches: how many of them to use at most, all by default.
         device: where inputs are moved first.
