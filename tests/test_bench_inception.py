@@ -19,7 +19,7 @@ from rich.console import Console
 
 import tritonbn
 from bench.__main__ import main
-from bench.study import inception_progress, inception_runs
+from bench.study import inception_progress, inception_runs, trainer
 from bench.study.inception_runs import Row
 from tests import image_folders
 from tritonbn import launch
@@ -194,6 +194,25 @@ def test_folding_that_fails_fails_the_command(
     assert content(tmp_path)["runs"]
 
 
+def test_statistics_are_compared_in_float32_and_not_in_tf32(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, logits = [], trainer.logits
+
+    def noted(*args: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return logits(*args)
+
+    monkeypatch.setattr(inception_runs, "logits", noted)
+    before = torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert main(command(folder, tmp_path, "--arm", "BN-x5", "--steps", "2")) == 0
+    assert allowed == [True, False, False, False], "training as it is, then moving averages, population, folded"
+    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.undo()
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def empty(root: Path) -> None:
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
@@ -240,6 +259,7 @@ def test_bad_data_is_named(
         (("--device", "cuda:99"), "--device cuda:99: not available"),
         (("--steps", "10000001"), "--steps 10000001: expected at most 10,000,000"),
         (("--threads", "100000"), "--threads 100000: expected at most"),
+        (("--batch", "1"), "--batch 1: expected at least 2 images"),
     ],
 )
 def test_wrong_option_is_named_before_anything_is_read(

@@ -42,6 +42,8 @@ class Loaded(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     at_most("--steps", args.steps or 0, MOST_STEPS, "steps")
     at_most("--threads", args.threads or 0, os.cpu_count() or 1, "threads, one per CPU")
+    if args.batch < 2:
+        raise BenchError(f"--batch {args.batch}: expected at least 2 images, for batch norm to average over")
     out = writable_folder(args.out)
     device = pick_device(args.device)
     if args.threads:

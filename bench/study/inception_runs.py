@@ -14,7 +14,7 @@ import tritonbn
 from bench.study.augment import Pixels
 from bench.study.checkpoint import Saved, Store
 from bench.study.recipe import Recipe
-from bench.study.trainer import Norm, Options, Trainer, logits
+from bench.study.trainer import Norm, Options, Trainer, logits, without_tf32
 from tritonbn.timing import measuring
 
 TOP = 5
@@ -199,7 +199,8 @@ class Run:
 
     def finish(self) -> None:
         if self.trainer.recipe.batch_norm and self.row["diverged_at"] is None:
-            self.row["inference"] = self.inference(min(POPULATION, self.step))
+            with without_tf32():
+                self.row["inference"] = self.inference(min(POPULATION, self.step))
         self.finished = True
 
     def inference(self, batches: int) -> Inference:

@@ -1,7 +1,7 @@
 """A network in training on the device: the whole step is one CUDA graph, and its whole state can be put back."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -147,6 +147,16 @@ class Trainer:
         torch.set_rng_state(chance["cpu"])
         if "cuda" in chance:
             torch.cuda.set_rng_state(chance["cuda"], self.device)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions in float32 proper: torch lets them round to ten bits on CUDA."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()
