@@ -53,7 +53,9 @@ def test_target_is_the_mean_of_inceptions_own_bests() -> None:
 
 def test_steps_and_seconds_to_the_target() -> None:
     runs = [*INCEPTION, run("BN-x5", 0, [61.9, 62, 50, 70], ms=20), run("BN-x5", 1, [62.1, 0, 0, 0], ms=20)]
-    ours = line(summarize(runs, CLASSES), "BN-x5")
+    summary = summarize(runs, CLASSES)
+    ours = line(summary, "BN-x5")
+    assert [cells[-1] for cells in inception_tables.paper_lines(summary)] == ["yes", "yes: 2.33x"]
     assert ours["steps_to_target"] == [200, 100], "the first time, also where it falls again"
     assert ours["seconds_to_target"] == [4, 2]
     assert ours["fewer_steps"] == pytest.approx(350 / 150)
@@ -120,7 +122,9 @@ def test_what_agrees_with_the_paper(arm: str, accuracies: list[float], expected:
     rival = run("BN-x5" if arm != "BN-x5" else "BN-Baseline", 0, [75.0])
     summary = summarize([*INCEPTION, rival, run(arm, 0, accuracies)], CLASSES)
     assert line(summary, arm)["agrees"] == expected
-    assert [arm, line(summary, arm)["paper"], expected] == [
+    factor = line(summary, arm)["fewer_steps"]
+    told = expected if factor is None else f"{expected}: {factor:.2f}x"
+    assert [arm, line(summary, arm)["paper"], told] == [
         cell.split(",")[0] if index == 0 else cell
         for index, cell in enumerate(list(inception_tables.paper_lines(summary))[2])
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from bench.cudnn import cudnn
 from bench.images import Memory
 from bench.study.augment import Pixels
 from bench.study.recipe import Recipe, recipes
@@ -20,7 +21,9 @@ from tritonbn import launch
 from tritonbn.timing import measuring
 
 OPTIONS = Options(width=0.05, classes=4, dtype="fp32", graph=False, block=10)
-RECIPES = recipes(Recipe(batch=8, learning_rate=0.001, decay=0.5))
+# Tiny steps: with a learning rate of 0.001 so narrow a network with batch norm is chaotic: in three steps a millionth
+# of the weights becomes a tenth of the loss, and CUDA sums in no fixed order. So much L2 that it is seen in them.
+RECIPES = recipes(Recipe(batch=8, learning_rate=2e-6, l2=5.0, decay=0.001))
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def data(device: torch.device) -> Pixels:
 
 @pytest.fixture(autouse=True)
 def one_stream(device: torch.device) -> Iterator[None]:
-    with measuring(device):
+    with measuring(device), cudnn(allow_tf32=False):
         yield
 
 
@@ -60,19 +63,35 @@ def test_all_begins_as_if_nothing_had_warmed_up(data: Pixels) -> None:
     assert torch.equal(made.chance()["cpu"], torch.get_rng_state())
 
 
+def moves(network: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """How far each parameter is from where it began."""
+    start = dict(build(recipe, "torch" if recipe.batch_norm else None, 1, 16, OPTIONS).named_parameters())
+    return {name: p.detach().cpu() - start[name].detach() for name, p in network.named_parameters()}
+
+
+def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """A sign that flips in a nonlinearity shows in single parameters, an error in one of them or in all together."""
+    errors = {name: float((ours[name] - move).norm()) for name, move in theirs.items()}
+    lengths = {name: float(move.norm()) for name, move in theirs.items()}
+    assert all(lengths.values())
+    assert sum(error**2 for error in errors.values()) < 0.03**2 * sum(length**2 for length in lengths.values())
+    assert all(error < 0.5 * lengths[name] for name, error in errors.items())
+
+
 def reference(data: Pixels, steps: int) -> tuple[list[float], nn.Module]:
     """BN-x5 written down again: torch's optimizer with a number for a rate, L2 of the weights only."""
     recipe = RECIPES["BN-x5"]
-    network = build(recipe, "torch", 1, 16, OPTIONS).to(data.images.device).train()
+    network: Any = build(recipe, "torch", 1, 16, OPTIONS)
+    network.to(data.images.device, memory_format=torch.channels_last).train()
     stream = trainer("BN-x5", data, "torch").stream
     weights = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() == 1]
     groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": recipe.l2}, {"params": others}]
-    optimizer = torch.optim.SGD(groups, lr=0.005, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, lr=1e-5, momentum=0.9)
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 0.005 * 0.5 ** (6 * step / 1000)
+            group["lr"] = 1e-5 * 0.001 ** (6 * step / 1000)
         places, factors = (drawn.to(data.images.device) for drawn in stream.draw(step))
         loss = cross_entropy(network(data.augmented(places, factors)), data.labels[places[0]])
         optimizer.zero_grad()
@@ -87,14 +106,16 @@ def test_step_is_forward_backward_and_sgd_with_the_schedule(data: Pixels) -> Non
     found, _ = made.train(0, 6)
     expected, network = reference(data, 6)
     assert found == pytest.approx(expected, rel=1e-3)
-    for name, tensor in network.state_dict().items():
-        torch.testing.assert_close(made.network.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
-    assert float(made.rate) == pytest.approx(0.005 * 0.5 ** (6 * 5 / 1000))
+    assert_alike(moves(made.network, RECIPES["BN-x5"]), moves(network, RECIPES["BN-x5"]))
+    for name, tensor in network.named_buffers():
+        torch.testing.assert_close(made.network.get_buffer(name), tensor, rtol=1e-2, atol=1e-3)
+    assert float(made.rate) == pytest.approx(1e-5 * 0.001 ** (6 * 5 / 1000))
 
 
 def test_ours_follows_torchs(data: Pixels) -> None:
-    theirs, ours = (trainer("BN-Baseline", data, norm).train(0, 4)[0] for norm in ("torch", "tritonbn"))
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    theirs, ours = trainer("BN-x5", data, "torch"), trainer("BN-x5", data, "tritonbn")
+    assert ours.train(0, 4)[0] == pytest.approx(theirs.train(0, 4)[0], rel=1e-3)
+    assert_alike(moves(ours.network, RECIPES["BN-x5"]), moves(theirs.network, RECIPES["BN-x5"]))
 
 
 def test_blocks_leave_no_trace(data: Pixels) -> None:
@@ -104,7 +125,7 @@ def test_blocks_leave_no_trace(data: Pixels) -> None:
     logits(made.network, data)
     second, _ = made.train(4, 9)
     assert made.network.training
-    assert [*first, *second] == pytest.approx(whole, rel=1e-6 if data.images.device.type == "cpu" else 1e-2)
+    assert [*first, *second] == pytest.approx(whole, rel=1e-6 if data.images.device.type == "cpu" else 1e-4)
 
 
 def test_state_and_chance_can_be_put_back_and_both_matter(data: Pixels) -> None:
@@ -114,7 +135,7 @@ def test_state_and_chance_can_be_put_back_and_both_matter(data: Pixels) -> None:
     state, chance = {name: tensor.clone() for name, tensor in made.tensors().items()}, made.chance()
     expected, _ = made.train(3, 7)
     made.restore(state, chance)
-    assert made.train(3, 7)[0] == pytest.approx(expected, rel=1e-6 if data.images.device.type == "cpu" else 1e-2)
+    assert made.train(3, 7)[0] == pytest.approx(expected, rel=1e-6 if data.images.device.type == "cpu" else 1e-4)
     made.restore(state, trainer("Inception", data).chance())
     assert abs(made.train(3, 4)[0][0] - expected[0]) > 1e-4
 
@@ -161,6 +182,7 @@ def test_captured_step_is_the_eager_one(data: Pixels, norm: Norm) -> None:
     assert graph.graph is not None
     assert eager.graph is None
     assert graph.train(0, 4)[0] == pytest.approx(eager.train(0, 4)[0], rel=1e-2)
+    assert_alike(moves(graph.network, recipe), moves(eager.network, recipe))
     counters = [tensor for name, tensor in graph.tensors().items() if name.endswith("num_batches_tracked")]
     assert {int(counter) for counter in counters} == {4}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bench.cudnn import cudnn
 from bench.models.arms import SEED, Start
 from bench.models.crew import Crew
 from bench.models.settings import Setting
@@ -29,9 +30,5 @@ def exact_results(begin: Start, setting: Setting, crew: Crew) -> Tensor:
     work = Work(copy.deepcopy(begin.network), begin.x, begin.y, replace(setting, dtype="fp32"))
     if work.training:
         work.called = crew.shared(work.network)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with cudnn(allow_tf32=False):
         return first_results(work, crew)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

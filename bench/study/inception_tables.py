@@ -11,6 +11,7 @@ from bench.console import console
 from bench.mnist_tables import arrivals, counted, spread, uncut
 from bench.study.inception_runs import Row
 from bench.study.inception_summary import SAME_ANSWERS, Line, Summary
+from bench.study.recipe import BASE
 
 COLUMNS = (
     "arm,\nbatch norm", "steps\nto target", "fewer\nsteps", "seconds\nto target", "fewer\nseconds", "ms\nper step",
@@ -88,7 +89,9 @@ def lines(summary: Summary, separator: str) -> Iterator[list[str]]:
 def paper_lines(summary: Summary) -> Iterator[list[str]]:
     """The cells of `PAPER`."""
     for line in summary["lines"]:
-        yield [named(line["arm"], line["norm"], " "), line["paper"], line["agrees"] or "not known"]
+        # The paper's factor stands beside it: "yes" alone would claim that one.
+        factor = "" if line["fewer_steps"] is None or line["arm"] == BASE else f": {times(line['fewer_steps'])}"
+        yield [named(line["arm"], line["norm"], " "), line["paper"], (line["agrees"] or "not known") + factor]
 
 
 def named(arm: str, norm: str | None, separator: str) -> str:
