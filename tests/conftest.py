@@ -56,6 +56,16 @@ def language() -> Iterator[None]:
                 delattr(of, name)
 
 
+@pytest.fixture(scope="module")
+def without_kernels() -> Iterator[None]:
+    """Where bench code is tested, not kernels: no interpreter; and commands set everybody's threads."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "INTERPRETED", False)
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN (and -1 in integers), so an element that no kernel writes fails the comparison."""

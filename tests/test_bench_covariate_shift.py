@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,12 @@ from bench.study import landscape, watched
 from bench.study.covariate_figures import DRIFT, SMOOTHNESS, Figure, figures
 from bench.study.landscape import FACTORS
 from tests import idx_files
-from tritonbn import launch
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 RATE = 0.1
 STEPS = 5
 PARTS = ("none", "tritonbn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    """Bench code, not kernels, is tested here: no interpreter; and the command sets everybody's threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "INTERPRETED", False)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from bench.cudnn import cudnn
 from bench.study import inception_progress, inception_runs, trainer
 from bench.study.inception_runs import Row
 from tests import image_folders
-from tritonbn import launch
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 STEPS, BATCH = 12, 8
 
@@ -31,16 +31,6 @@ STEPS, BATCH = 12, 8
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_folders.write(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    """Bench code, not kernels, is tested here: no interpreter; and the command sets everybody's threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "INTERPRETED", False)
-        yield
-    torch.set_num_threads(threads)
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:

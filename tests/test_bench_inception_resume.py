@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from bench.study import trainer
 from bench.study.checkpoint import Saved, Store
 from bench.study.inception_runs import Stop
 from tests import image_folders
-from tritonbn import launch
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("Inception", "BN-x5")  # dropout's noise in the one, running statistics in the other
@@ -31,16 +32,6 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_folders.write(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    """Bench code, not kernels, is tested here: no interpreter; and the command sets everybody's threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "INTERPRETED", False)
-        yield
-    torch.set_num_threads(threads)
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:

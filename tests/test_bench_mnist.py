@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from bench.__main__ import main
 from tests import idx_files
 from tritonbn import launch
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 STEPS = 220
 INTERPRETED = launch.INTERPRETED
 
@@ -29,16 +30,6 @@ INTERPRETED = launch.INTERPRETED
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return idx_files.write(tmp_path_factory.mktemp("mnist"), idx_files.contents())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    """Bench code, not kernels, is tested here: no interpreter; and the command sets everybody's threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "INTERPRETED", False)
-        yield
-    torch.set_num_threads(threads)
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:

@@ -1,12 +1,10 @@
 """The page's sections about the studies: what the commands write is what they need, and a miss is in plain sight."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks are an extra: pip install -e .[bench]")
@@ -15,19 +13,10 @@ from bench.__main__ import main
 from bench.study import expected
 from tests import idx_files
 from tests.test_bench_report import line, page
-from tritonbn import launch
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 STUDIES = {"mnist": "study-mnist", "covariate-shift": "study-covariate-shift"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    """Bench code, not kernels, is tested here: no interpreter; and the command sets everybody's threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "INTERPRETED", False)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """`python -m bench study mnist`: bands both ways, what is said of a run, and seeds that are not trained twice."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks are an extra: pip install -e .[bench]")
@@ -21,17 +19,9 @@ from bench.training import ARMS, Row
 from tests import idx_files
 from tritonbn import launch
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 STEPS = 110
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    """Bench code, not kernels, is tested here: no interpreter; and the command sets everybody's threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "INTERPRETED", False)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
