@@ -112,7 +112,7 @@ def run_for(script: str, log: Path, limit: float) -> int | None:
 
 def test_who_is_interrupted_may_say_so(tmp_path: Path) -> None:
     script = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('so far')"
-    assert run_for(script, tmp_path / "log", 8) is None
+    assert run_for(script, tmp_path / "log", 14) is None  # time for Python to start on a busy machine
     assert (tmp_path / "log").read_text() == "so far\n"
 
 
