@@ -180,12 +180,16 @@ def files_of(name: str, quick: bool) -> list[str]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within, a request to terminate ends the running step too: its processes are a group of their own."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Within, a request to terminate ends the running step too: its processes are a group of their own.
+
+    They can be interrupted even where this one cannot, as after `nohup make gpu &`: what is ignored is inherited.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def execute(step: Step, log: Path, variables: Mapping[str, str]) -> tuple[str, float, str]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +113,13 @@ def run_for(script: str, log: Path, limit: float) -> int | None:
 
 def test_who_is_interrupted_may_say_so(tmp_path: Path) -> None:
     script = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('so far')"
-    assert run_for(script, tmp_path / "log", 14) is None  # time for Python to start on a busy machine
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as after `nohup make gpu &`
+    try:
+        with gpu.terminable():
+            assert run_for(script, tmp_path / "log", 8) is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "log").read_text() == "so far\n"
 
 
