@@ -1,6 +1,6 @@
 """Results as pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from bench.files import atomic
 from bench.mnist_tables import LABELS, counted
 from bench.training import ARMS, PERCENTILES, Row
 
+Panel = Callable[[Axes, Sequence[Row]], None]
+
 # Wide and pale below narrow and dark: arms that agree stay visible.
 STYLES: dict[str, dict[str, Any]] = {
     "none": {"color": "#7f7f7f", "linewidth": 1.6},
@@ -19,17 +21,21 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def mnist_panels(rows: Sequence[Row], data: str, path: Path) -> None:
-    """Figure 1 of the paper: test accuracy, and the input of a typical last sigmoid without and with BN."""
+def mnist_panels(rows: Sequence[Row], data: str, path: Path, panel: Panel | None = None, remark: str = "") -> None:
+    """Figure 1 of the paper: test accuracy, and the input of a typical last sigmoid of the first seed, both ways.
+
+    `panel` draws the accuracy, by default a line per seed.
+    """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     accuracy, without, with_bn = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    accuracy_panel(accuracy, rows)
+    (panel or accuracy_panel)(accuracy, rows)
     first = {row["arm"]: row for row in rows if row["seed"] == rows[0]["seed"]}
     percentile_panel(without, first["none"], "(b) without batch norm")
     percentile_panel(with_bn, first["tritonbn"], "(c) with tritonbn")
     with_bn.sharey(without)
     without.set_ylabel("input of one last-layer sigmoid")
-    figure.suptitle(f"{data}; {counted(rows[0]['steps'], 'step')} of 60", fontsize="small", color="#555555")
+    title = f"{data}; {counted(rows[0]['steps'], 'step')} of 60{remark}"
+    figure.suptitle(title, fontsize="small", color="#555555")
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
 

@@ -4,29 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from bench.files import atomic
 from bench.mnist_tables import LABELS, counted
-from bench.pictures import STYLES, finish, percentile_panel
+from bench.pictures import STYLES, finish, mnist_panels
 from bench.training import ARMS, TARGET, Row
 
 
 def draw(rows: Sequence[Row], data: str, path: Path) -> None:
     """Test accuracy with its band over seeds, and the input of a typical last sigmoid of the first seed."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    accuracy, without, with_bn = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    accuracy_panel(accuracy, rows)
-    first = {row["arm"]: row for row in rows if row["seed"] == rows[0]["seed"]}
-    percentile_panel(without, first["none"], "(b) without batch norm")
-    percentile_panel(with_bn, first["tritonbn"], "(c) with tritonbn")
-    with_bn.sharey(without)
-    without.set_ylabel("input of one last-layer sigmoid")
     seeds = counted(len({row["seed"] for row in rows}), "seed")
-    text = f"{data}; {counted(rows[0]['steps'], 'step')} of 60; (a) {seeds}, (b, c) the first of them"
-    figure.suptitle(text, fontsize="small", color="#555555")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    mnist_panels(rows, data, path, accuracy_panel, f"; (a) {seeds}, (b, c) the first of them")
 
 
 def accuracy_panel(axes: Axes, rows: Sequence[Row]) -> None:
