@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from tritonbn.activations import IDENTITY, Activation, of_module
+from tritonbn.functional import exporting
 from tritonbn.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -167,6 +168,11 @@ class OwnForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def names(self) -> tuple[str, ...]:
+        """The module's attributes; in compiled code those that it had when that was compiled."""
+        return tuple(vars(self.module))
+
 
 def _adds_up(x: Tensor, residual: object) -> bool:
     """Whether the residual is added element by element and changes neither shape nor dtype."""
@@ -176,7 +182,7 @@ def _adds_up(x: Tensor, residual: object) -> bool:
 def seen_by_others(*values: object) -> bool:
     """Whether someone follows the values through the class's own forward: torch.fx, torch.jit, torch.export."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return exporting()
     return torch._C._get_tracing_state() is not None or any(issubclass(type(value), fx.Proxy) for value in values)
 
 

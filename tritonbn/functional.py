@@ -136,8 +136,13 @@ def _signature(tensors: tuple[Any, ...], training: bool, momentum: float, eps: f
     ):
         return NONE
     if torch.compiler.is_compiling():  # an exported program must run where we are not installed
-        return SYMBOLIC if not torch.compiler.is_exporting() and _fit(tensors, training) else NONE
+        return SYMBOLIC if not exporting() and _fit(tensors, training) else NONE
     return known(tensors, training, _look) if torch.autograd.forward_ad._current_level < 0 else NONE
+
+
+def exporting() -> bool:
+    """Whether torch.export follows what is called: torch.compiler.is_exporting(), True in all compiled code on 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 def _look(tensors: tuple[Any, ...], training: bool) -> Signature:

@@ -3,15 +3,18 @@
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten
 
 from tritonbn.chains import Use, fuse, fuse_sequence
@@ -24,6 +27,8 @@ MAX_VARIANTS = 16
 _REPLICATE = "_replicate_for_data_parallel"
 # torch.compile marks the module that it is given.
 _INTERNAL = frozenset(("forward", _REPLICATE, "_is_torch_compile", *vars(nn.Module()))) - {"training"}
+# Before torch 2.13 compiled code can ask a module for an attribute by its name, and not what attributes there are.
+_ASK_NAMES = TorchVersion(torch.__version__) < "2.13"
 # Values that a trace may hold as constants, and that are compared by value.
 _CONSTANTS = frozenset(
     (bool, int, float, complex, str, bytes, type(None), type, type(...), FunctionType, BuiltinFunctionType)
@@ -123,7 +128,7 @@ class _Installed(OwnForward):
     @property
     def original(self) -> Callable[..., Any]:
         """The forward of the class."""
-        return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
+        return partial(type(self.module).forward, self.module)
 
     def replicate(self) -> nn.Module:
         """A replica for torch.nn.DataParallel, without us: it copies vars(module), and we would run the original."""
@@ -157,7 +162,7 @@ class FusedForward(_Installed):
         if not seen_by_others():
             kind, tensors = _kind(args, kwargs)
             if kind is not None:
-                key = (kind, _state(self.module))
+                key = (kind, _state(self.module, self.names() if _ASK_NAMES and is_compiling() else None))
                 function = self.variants[key] if key in self.variants else self._variant(key, args, kwargs)
                 if function is not None:
                     return function(self.module, *tensors)
@@ -178,7 +183,7 @@ class FusedForward(_Installed):
 
     def _variant(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """Trace a kind of call that is new."""
-        if len(self.variants) >= MAX_VARIANTS or torch.compiler.is_compiling():
+        if len(self.variants) >= MAX_VARIANTS or is_compiling():
             return None
         leaves, spec = tree_flatten((args, kwargs))
         marked = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -216,9 +221,10 @@ def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return tuple(kinds), tensors
 
 
-def _state(module: nn.Module) -> Any:
-    """What a trace depends on besides the arguments: the code, the attributes, the kinds of children, the grad mode."""
-    own = tuple([(name, _frozen(value)) for name, value in vars(module).items() if name not in _INTERNAL])
+def _state(module: nn.Module, names: Iterable[str] | None = None) -> Any:
+    """What a trace depends on besides the arguments: code, attributes (these), kinds of children, grad mode."""
+    held = vars(module)
+    own = tuple([(name, _frozen(held[name])) for name in (names or held) if name not in _INTERNAL])
     return type(module).forward, own, _structure(module), torch.is_grad_enabled()
 
 

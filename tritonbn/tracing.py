@@ -8,6 +8,7 @@ import math
 import operator
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -36,15 +37,29 @@ def trace(module: nn.Module, leaves: list[Any], spec: TreeSpec) -> fx.Graph:
         tracer = _Tracer(leaves, spec)
         try:
             graph = tracer.trace(module)
-        except Untraceable:
-            raise
         except Exception as error:  # whatever a forward may do to a value that it does not expect
+            _leave(error, tracer.refusal)
+            if isinstance(error, Untraceable):
+                raise
             raise Untraceable(" ".join((type(error).__name__, *str(error).splitlines()[:1]))) from error
         if tracer.refusal is not None:  # the forward caught it
+            _leave(tracer.refusal)
             raise tracer.refusal
         if not tracer.inputs_unchanged():
             raise Untraceable("it changes a list or dict that it is given")
     return graph
+
+
+def _leave(*errors: BaseException | None) -> None:
+    """End what the frames behind errors hold.
+
+    A generator that one of them did not get to the end of, as that of torch.utils.checkpoint up to torch 2.12, has set
+    hooks for saved tensors: they are of this thread, and they would stay as long as somebody keeps the error.
+    """
+    for error in errors:
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
 
 
 def _written_in_place(name: str) -> Callable[..., Any]:
