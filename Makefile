@@ -10,6 +10,7 @@ else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
+AT_HAND := $(if $(wildcard $(READY)),$(RUN),$(PYTHON))
 
 .PHONY: bench test check gpu clean
 
@@ -24,10 +25,12 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# GPU tests and benchmarks with the python at hand: make VENV= PYTHON=python3 gpu
-# QUICK=1: in three minutes instead of nine; STEPS=ops,tests: some of the steps; OUT=DIR: where results go
-gpu: $(READY)
-	$(RUN) -m bench gpu $(if $(OUT),--out $(OUT)) $(if $(QUICK),--quick) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+# GPU tests and benchmarks with the python at hand, which is that of .venv once it was made; nothing is installed.
+# QUICK=1: in three minutes instead of nine; STEPS=ops,tests: some of the steps; OUT=DIR: where results go;
+# DRY=1: a rehearsal on a CPU, every step on tiny shapes with a GPU that is only pretended
+gpu: OPTIONS = $(if $(OUT),--out $(OUT)) $(if $(QUICK),--quick) $(if $(DRY),--dry-run) $(if $(STEPS),--steps $(STEPS))
+gpu:
+	$(AT_HAND) -m bench gpu $(OPTIONS) $(ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

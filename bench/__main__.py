@@ -14,6 +14,8 @@ SUBJECTS = {
     "models": "training and inference of whole networks: without batch norm, with torch's, with ours",
     "study": "the paper's claims on real data: MNIST, BN-Inception, what batch norm does",
     "tune": "measure plans for the layers of a network and keep the fastest",
+    "environment": "the GPU, its driver, versions, and what is not there",
+    "bandwidth": "what bounds every plan: copies, second readings, launches, barriers",
     "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
     "overhead": "what a call costs on the CPU, launch by launch; needs no GPU",
     "report": "bench/results/*/*.json as one page with plots",

@@ -20,19 +20,13 @@ import torch
 from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
-from bench.measure import machine
-from bench.page.folders import RESULTS, content
+from bench.measure import machine, stamp
+from bench.page.folders import RESULTS, content, folder
+from bench.page.targets import HEAD, crossed
+from bench.pretend import NAME
+from bench.scale import DRY, FULL, QUICK, Scale
 
 ROOT = Path(__file__).parent.parent
-# Seconds of all steps together; the rest up to ten and three minutes is for what is around them.
-TOTAL, QUICK_TOTAL = 525, 165
-# The share of each step, in the order in which they run, of all that are chosen. Zero: not in a quick run.
-SHARES = {
-    "tests": 100, "more-tests": 50, "ops": 130, "tune": 40, "ops-tuned": 35, "models": 100, "mnist": 40, "report": 30,
-}  # fmt: skip
-QUICK_SHARES = {
-    "tests": 35, "more-tests": 0, "ops": 40, "tune": 18, "ops-tuned": 17, "models": 25, "mnist": 15, "report": 15,
-}  # fmt: skip
 GRACE = 5  # seconds to finish what was interrupted: pytest names the failures so far
 # Of a limit, what a command with --budget has to start, and to finish what it is at when the budget is spent.
 START, FINISH = 10, 0.15
@@ -41,7 +35,7 @@ HOST_TESTS = (
     "architecture", "bench", "fold", "fusion", "launch", "mnist", "model", "networks", "plan", "swap", "tiles", "timm",
     "traffic",
 )  # fmt: skip
-QUICK_TESTS = ("semantics", "torch_suite", "determinism")
+FIRST_TESTS = ("semantics", "torch_suite", "determinism")
 NO_TESTS = ("codegen",)  # of the compiler on any machine
 
 
@@ -54,45 +48,71 @@ class Step(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results (default: bench/results/<gpu>)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's idx files (default: cached or downloaded)")
-    parser.add_argument("--quick", action="store_true", help="a little of everything in three minutes")
-    parser.add_argument("--steps", metavar="NAMES", help=f"some of {','.join(SHARES)}, with the whole time for them")
+    steps = ",".join(FULL.shares)
+    parser.add_argument("--steps", metavar="NAMES", help=f"some of {steps}, with the whole time for them")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--quick", action="store_true", help="a little of everything in three minutes")
+    less.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the GPU is only pretended")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps; 1 if any of them failed."""
-    if not torch.cuda.is_available():
-        raise BenchError("no GPU: torch.cuda.is_available() is False; `make test` and `make bench` run without one")
-    chosen = names(args.steps, QUICK_SHARES if args.quick else SHARES)
-    out = writable_folder(args.out or RESULTS / torch.cuda.get_device_name().replace(" ", "-"))
+    if not (args.dry_run or torch.cuda.is_available()):
+        text = "no GPU: torch.cuda.is_available() is False; `make test` and `make bench` run without one, and --dry-run"
+        raise BenchError(text)
+    scale = DRY if args.dry_run else QUICK if args.quick else FULL
+    todo = names(args.steps, scale)
+    name = NAME if args.dry_run else torch.cuda.get_device_name()
+    default = Path("out/gpu") if args.dry_run else RESULTS / name.replace(" ", "-")
+    out = writable_folder(args.out or default)
     done = earlier(out / "steps.json")
-    facts = machine(torch.device("cuda")) | gpu_facts()
-    write_json(out / "machine.json", facts)
-    todo = steps(out.resolve(), args, chosen)
+    facts = stamp(machine(torch.device("cpu")) | {"device": name})
+    limits, begun = {}, time.monotonic()
     with terminable():
-        for step in todo:
+        for index, name in enumerate(todo):
+            limits[name] = limit(scale, todo[index:], begun + scale.total - time.monotonic())
+            step = Step(name, command(name, limits[name], out.resolve(), args, scale), limits[name])
             # The user's table is left out of it: plans are the model's until this run has tuned them.
-            plans = out.resolve() / ("plans" if step.name == "ops-tuned" else "no-plans")
-            result, seconds, last = execute(step, out / f"{step.name}.log", {"TRITONBN_CACHE_DIR": str(plans)})
+            plans = out.resolve() / ("plans" if name == "ops-tuned" else "no-plans")
+            # Results that were committed before are written anew: from then on the checkout would seem to be another.
+            variables = {"TRITONBN_CACHE_DIR": str(plans), "TRITONBN_COMMIT": facts["commit"] or ""}
+            result, seconds, last = execute(step, out / f"{name}.log", variables)
             # Results are committed: no folder of this machine in them.
             last = last.replace(f"{out.resolve()}/", "").replace(f"{ROOT}/", "")
-            done[step.name] = {"result": result, "seconds": seconds, "last_line": last, "commit": facts["commit"]}
-            write_json(out / "steps.json", {"steps": [{"name": name} | row for name, row in done.items()]})
+            done[name] = {"result": result, "seconds": seconds, "last_line": last} | facts
+            write_json(out / "steps.json", {"steps": [{"name": key} | row for key, row in done.items()]})
+    summarize(out, [(name, done[name], limits[name]) for name in todo])
+    return 0 if all(done[name]["result"] == "ok" for name in todo) else 1
+
+
+def limit(scale: Scale, todo: Sequence[str], left: float) -> int:
+    """Seconds of the next step: its share of what is left. What one does not need is for those that follow."""
+    return max(1, int(left * scale.shares[todo[0]] / sum(scale.shares[name] for name in todo)))
+
+
+def summarize(out: Path, ran: Sequence[tuple[str, dict[str, Any], int]]) -> None:
+    """What became of the steps, and which lines were crossed by all that is in the folder."""
     lines = [["step", "result", "seconds", "limit", "last line"]]
-    for step in todo:
-        row = done[step.name]
-        lines.append([step.name, row["result"], f"{row['seconds']:.0f}", str(step.limit), row["last_line"]])
+    for name, row, limit in ran:
+        lines.append([name, row["result"], f"{row['seconds']:.0f}", str(limit), row["last_line"]])
+    console.print()
     print_columns(lines)
-    return 0 if all(done[step.name]["result"] == "ok" for step in todo) else 1
+    try:
+        found = crossed(folder(out, ""))
+    except BenchError as error:
+        console.print(f"\nNo targets: {error}", soft_wrap=True)
+        return
+    console.print()
+    print_columns([HEAD, *found])
 
 
-def names(chosen: str | None, shares: Mapping[str, int]) -> list[str]:
-    """The steps of --steps, each of which the run has; all without."""
-    possible = [name for name, share in shares.items() if share]
-    asked = possible if chosen is None else [name.strip() for name in chosen.split(",")]
-    unknown = [name for name in asked if name not in possible]
+def names(chosen: str | None, scale: Scale) -> list[str]:
+    """The steps of --steps in their order, each of which the run has; all without."""
+    asked = [*scale.shares] if chosen is None else [name.strip() for name in chosen.split(",")]
+    unknown = [name for name in asked if name not in scale.shares]
     if unknown:
-        raise BenchError(f"--steps {chosen}: expected some of {', '.join(possible)}; got {', '.join(unknown)}")
-    return asked
+        raise BenchError(f"--steps {chosen}: expected some of {', '.join(scale.shares)}; got {', '.join(unknown)}")
+    return [name for name in scale.shares if name in asked]
 
 
 def earlier(path: Path) -> dict[str, dict[str, Any]]:
@@ -102,78 +122,49 @@ def earlier(path: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: {key: row[key] for key in row if key != "name"} for row in content(path)["steps"]}
 
 
-def gpu_facts() -> dict[str, Any]:
-    """What the GPU and its software are, beside `bench.measure.machine`. Memory and cache in bytes."""
-    found = torch.cuda.get_device_properties(0)
-    return {
-        "capability": f"{found.major}.{found.minor}",
-        "sms": found.multi_processor_count,
-        "memory_bytes": found.total_memory,
-        "l2_bytes": found.L2_cache_size,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "driver": driver(),
-    }
-
-
-def driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer.stdout.split()), None)
-
-
-def steps(out: Path, args: argparse.Namespace, chosen: Sequence[str]) -> list[Step]:
-    """The chosen steps in their order. The time of those that are left out is given to the others."""
-    shares = QUICK_SHARES if args.quick else SHARES
-    wanted = {name: share for name, share in shares.items() if name in chosen}
-    seconds = (QUICK_TOTAL if args.quick else TOTAL) / sum(wanted.values())
-    limits = {name: int(share * seconds) for name, share in wanted.items()}
-    return [Step(name, command(name, limit, out, args), limit) for name, limit in limits.items()]
-
-
-def command(name: str, limit: int, out: Path, args: argparse.Namespace) -> list[str]:
+def command(name: str, seconds: int, out: Path, args: argparse.Namespace, scale: Scale) -> list[str]:
     """The command of a step; one with a budget has time left to start and to finish."""
-    budget = ["--budget", str(int(limit * (1 - FINISH)) - START)]
+    bench = ["-m", "bench.pretend" if args.dry_run else "bench"]
     quick = ["--quick"] if args.quick else []
-    headline = ["--set", "resnet50-256", "--dtype", "bf16"]
-    if name in ("tests", "more-tests"):
-        return ["-m", "pytest", *pytest_options(), *files_of(name, args.quick)]
-    if name == "ops":
-        return ["-m", "bench", "ops", *headline, "--set", "mnist", *quick, *budget, "--out", str(out)]
-    if name == "tune":
-        return ["-m", "bench", "tune", "--set", "resnet50-256", *budget, "--out", str(out / "plans")]
-    if name == "ops-tuned":
-        ours = ["--provider", "tritonbn"]
-        return ["-m", "bench", "ops", *headline, *ours, *quick, *budget, "--out", str(out / "tuned")]
-    if name == "models":
-        network = ["--model", "resnet50", "--batch", "256", "--dtype", "bf16", "--layout", "channels_last"]
-        modes = ["--training", "--mode", "eager" if args.quick else "eager,graph,compile"]  # measured in this order
-        steps = ["--steps", "20" if args.quick else "40"]
-        return ["-m", "bench", "models", "--device", "cuda", *network, *modes, *steps, *budget, "--out", str(out)]
-    if name == "mnist":
-        data = ["--data", str(args.data.resolve())] if args.data else []
-        training = ["--device", "cuda", "--steps", "1000" if args.quick else "5000"]
-        return ["-m", "bench", "mnist", *training, "--out", str(out), *data]
-    return ["-m", "bench", "report", "--results", str(out if args.out else RESULTS)]
+    budget = ["--budget", str(max(1, int(seconds * (1 - FINISH)) - START))]
+    networks = [*bench, "models", "--device", "cuda", "--training"]
+    match name:
+        case "environment" | "bandwidth":
+            return [*bench, name, "--device", "cuda", *quick[: name == "bandwidth"], "--out", str(out)]
+        case "tests" | "more-tests":
+            return ["-m", "pytest", *pytest_options(args.dry_run), *files_of(name, scale.tests)]
+        case "ops":
+            return [*bench, "ops", *scale.ops, *quick, *budget, "--out", str(out)]
+        case "tune":
+            kept = ["--out", str(out / "plans"), "--results", str(out)]
+            return [*bench, "tune", "--again", *scale.tune, *budget, *kept]
+        case "ops-tuned":
+            return [*bench, "ops", *scale.ops, "--provider", "tritonbn", *quick, *budget, "--out", str(out / "tuned")]
+        case "models":
+            return [*networks, *scale.network, *budget, "--out", str(out)]
+        case "models-mnist":
+            return [*networks, *scale.mnist_network, *budget, "--out", str(out / "mnist")]
+        case "mnist":
+            data = ["--data", str(args.data.resolve())] if args.data else []
+            return [*bench, "mnist", "--device", "cuda", "--steps", scale.mnist_steps, "--out", str(out), *data]
+    return ["-m", "bench", "report", "--results", str(out if args.out or args.dry_run else RESULTS)]
 
 
-def pytest_options() -> list[str]:
+def pytest_options(alone: bool) -> list[str]:
     """In parallel where pytest-xdist is there: most of the time goes into compiling kernels."""
     workers = min(12, os.cpu_count() or 1)
-    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") and not alone else []
     # A test that hangs is killed with all others at the limit: this has told which it was.
     return ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", *parallel]
 
 
-def files_of(name: str, quick: bool) -> list[str]:
-    """The files of a step; in a quick run the few that say most."""
+def files_of(name: str, few: Sequence[str] | None) -> list[str]:
+    """The files of a step; only those whose names begin as one of `few`, if given."""
     files = {path.stem.removeprefix("test_"): str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")}
     tests = {stem: path for stem, path in sorted(files.items()) if not stem.startswith(NO_TESTS)}
-    if quick:
-        return [path for stem, path in tests.items() if stem in QUICK_TESTS]
-    first = [stem for stem in tests if stem.startswith(QUICK_TESTS)]
+    if few is not None:
+        return [path for stem, path in tests.items() if stem.startswith(tuple(few))]
+    first = [stem for stem in tests if stem.startswith(FIRST_TESTS)]
     device = first + [stem for stem in tests if stem not in first and not stem.startswith(HOST_TESTS)]
     return [tests[stem] for stem in (device if name == "tests" else [stem for stem in tests if stem not in device])]
 

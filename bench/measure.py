@@ -1,6 +1,7 @@
 """How things are measured, and on which machine."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -63,6 +64,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def stamp(facts: dict[str, Any]) -> dict[str, Any]:
+    """What each row of results says of where it is from; facts: those of `machine`."""
+    return {"gpu": facts["device"], "torch": facts["torch"], "triton": facts["triton"], "commit": facts["commit"]}
+
+
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -80,7 +86,12 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with -dirty where files differ from it; None outside a checkout."""
+    """$TRITONBN_COMMIT, for copies without history; else the checkout's commit, with -dirty where files differ from it.
+
+    None where nobody knows.
+    """
+    if told := os.environ.get("TRITONBN_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         answer = subprocess.run(

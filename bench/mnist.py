@@ -14,7 +14,7 @@ from bench import agreement, mnist_data, mnist_tables, pictures, training
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
-from bench.measure import machine, pick_device
+from bench.measure import machine, pick_device, stamp
 from bench.networks.mlp import HIDDEN, WEIGHT_STD
 from bench.training import ARMS, BATCH, Arm, Row
 from tritonbn import launch, planning
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         "settings": settings(args),
         "kernels_compared": job.kernels,
         "check": [asdict(finding) | {"passed": finding.passed} for finding in findings],
-        "arms": rows,
+        "arms": [row | stamp(job.facts) for row in rows],
     }
     write_json(out / "mnist.json", results)
     pictures.mnist_panels(rows, str(data), out / "mnist.png")

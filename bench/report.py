@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import atomic, writable_folder
-from bench.page import models, operators, plots, sections
+from bench.page import models, operators, plots, sections, targets
 from bench.page.folders import RESULTS, Folder, read
 from bench.page.markdown import joined
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def draw(folder: Folder) -> list[Path]:
     gpu = folder.gpu("ops")
     drawn = plots.draw(folder.files["ops"]["rows"], gpu, folder.path) if gpu else []
-    return drawn + (models.draw(folder) if "models" in folder.files else [])
+    return drawn + models.draw(folder)
 
 
 def render(folders: Sequence[Folder]) -> str:
@@ -54,8 +54,7 @@ def render(folders: Sequence[Folder]) -> str:
         joined(
             "# Results",
             "Made from the JSON files beside it by `python -m bench report`: edit those who write them, not this page.",
-            operators.targets(folders),
-            models.targets(folders),
+            targets.section(folders),
             *map(of_machine, folders),
             sections.machines(folders),
             sections.repeat(folders),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import BenchError
-from bench.measure import synchronize
+from bench.measure import stamp, synchronize
 from bench.problem import EPILOGUES, Direction, Inputs, Problem, make_inputs
 from bench.providers import Operation, Provider
 from bench.summary import OURS, Row
@@ -141,8 +141,7 @@ def blank(problem: Problem, direction: Direction, provider: str, bench: Bench) -
         "us": None, "us_low": None, "us_high": None, "timed_by": None, "slots": None, "cold": None,
         "floor_bytes": problem.floor_bytes(direction), "gb_per_s": None, "percent_of_floor": None,
         "ratio_to_best_peer": None, "peak_bytes": None, "plan": None, "path": None, "error": None,
-        "gpu": bench.facts["device"], "torch": bench.facts["torch"], "triton": bench.facts["triton"],
-        "commit": bench.facts["commit"],
+        **stamp(bench.facts),  # type: ignore[typeddict-item]
     }  # fmt: skip
 
 

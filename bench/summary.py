@@ -53,6 +53,7 @@ class Target(NamedTuple):
     line: float
     value: float | None
     reached: bool | None
+    at_most: bool = False  # the line; else it is the least
 
 
 def problem(row: Row) -> tuple[object, ...]:

@@ -1,20 +1,23 @@
 """Plans by measurement for the layers of a network: `tritonbn.tune` from the command line."""
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from bench.console import console, print_columns
 from bench.errors import BenchError
-from bench.files import writable_folder
-from bench.measure import pick_device
+from bench.files import writable_folder, write_json
+from bench.measure import machine, pick_device, stamp
 from bench.problem import CHANNELS_LAST, DTYPES, LAYOUTS, layouts_of
 from bench.shapes import SETS, shape
 from tritonbn import model, planning, tables, tuning
-from tritonbn.device import H200
+from tritonbn.device import H200, Device
 from tritonbn.layers import Layer
 
 
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--again", action="store_true", help="also what the tables know already")
     add("--budget", type=seconds, metavar="SECONDS", help="begin no problem after so long; the heaviest come first")
     add("--out", type=Path, metavar="DIR", help="for the table (default: the user's cache folder)")
+    add("--results", type=Path, metavar="DIR", help="for tune.json: all plans that were timed, and predictions")
     add("--device", help="cuda or cuda:N (default: cuda; without one, the plans that would be timed)")
 
 
@@ -43,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or tables.user_folder()
     if folder is None:
         raise BenchError("no folder for the table: --out DIR, or set TRITONBN_CACHE_DIR")
-    writable_folder(folder)
+    for path in (folder, *([args.results] if args.results else [])):
+        writable_folder(path)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("tuning", total=None)
 
@@ -55,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
         found = tuning.tune_layers(chosen, device, again=args.again, folder=folder, budget=args.budget, progress=show)
     for result in found:
         console.print(str(result), soft_wrap=True)
+    if args.results:
+        facts = machine(device)
+        rows = [row | stamp(facts) for result in found for row in rows_of(result, planning.device_of(device))]
+        write_json(args.results / "tune.json", {"machine": facts, "rows": rows})
     faster = sum(result.after != result.before for result in found)
     console.print(f"{len(found)} problems measured, {faster} plans replaced", soft_wrap=True)
     file = tables.path(folder, planning.device_of(device))
@@ -63,6 +72,18 @@ def run(args: argparse.Namespace) -> int:
     elif args.budget is None:
         console.print("Nothing was left to measure: --again measures what the tables know", soft_wrap=True)
     return 0
+
+
+def rows_of(result: tuning.Tuned, device: Device) -> Iterator[dict[str, Any]]:
+    """A row for each plan that was tried; us is null for those that spill or do not fit the GPU."""
+    problem = result.problem
+    for plan, us in result.times:
+        yield {
+            "operation": problem.operation, "layout": problem.layout, "shape": list(problem.shape),
+            "itemsize": problem.itemsize, "path": plan.path, "plan": str(replace(plan, estimate=None)), "us": us,
+            "predicted_us": 1e6 * model.seconds(plan, problem, device), "before": plan == result.before,
+            "after": plan == result.after,
+        }  # fmt: skip
 
 
 def seconds(text: str) -> float:

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 pytest.importorskip("rich", reason="the benchmarks are an extra: pip install -e .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks are an extra: pip install -e .[bench]")
 
-from bench import gpu
+from bench import gpu, scale
 from bench.__main__ import SUBJECTS, main, parse
+from bench.measure import commit
+from bench.page import targets
+from bench.page.folders import RESULTS
+from bench.scale import Scale
 
 ROOT = Path(gpu.__file__).parent.parent
 
@@ -27,27 +31,30 @@ ROOT = Path(gpu.__file__).parent.parent
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU, as far as the run itself asks for one."""
-    facts = {"major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 80 << 30, "L2_cache_size": 50 << 20}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Pretend 9000")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(**facts))
-    monkeypatch.setattr(gpu, "driver", lambda: "580.1")
 
 
 def options(*words: str) -> argparse.Namespace:
     return parse(["gpu", *words])
 
 
-def planned(*words: str) -> list[gpu.Step]:
-    """The steps of `python -m bench gpu` with these options."""
+def scale_of(args: argparse.Namespace) -> Scale:
+    return scale.DRY if args.dry_run else scale.QUICK if args.quick else scale.FULL
+
+
+def commands(*words: str, seconds: int = 100) -> dict[str, list[str]]:
+    """Of `python -m bench gpu` with these options, by step."""
     args = options(*words)
-    return gpu.steps(Path("out"), args, gpu.names(args.steps, gpu.QUICK_SHARES if args.quick else gpu.SHARES))
+    chosen = gpu.names(args.steps, scale_of(args))
+    return {name: gpu.command(name, seconds, Path("out"), args, scale_of(args)) for name in chosen}
 
 
-def replace_steps(monkeypatch: pytest.MonkeyPatch, **scripts: tuple[str, float]) -> None:
+def replace_steps(monkeypatch: pytest.MonkeyPatch, **scripts: tuple[str, int]) -> None:
     """Let the run consist of Python scripts with limits in seconds."""
-    found = [gpu.Step(name, ["-c", script], limit) for name, (script, limit) in scripts.items()]  # type: ignore[arg-type]
-    monkeypatch.setattr(gpu, "steps", lambda *_: found)
+    monkeypatch.setattr(gpu, "FULL", scale.FULL._replace(shares=dict.fromkeys(scripts, 1)))
+    monkeypatch.setattr(gpu, "command", lambda name, *_: ["-c", scripts[name][0]])
+    monkeypatch.setattr(gpu, "limit", lambda _, todo, left: scripts[todo[0]][1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -68,7 +75,7 @@ def test_a_failing_step_costs_no_other(
     )
     assert main(["gpu", "--out", str(tmp_path)]) == 1
     table = capsys.readouterr().out.split("last line")[1].splitlines()[1:]
-    assert [line.split()[:3] for line in table] == [
+    assert [line.split()[:3] for line in table[:3]] == [
         ["fails", "exit", "3"],
         ["hangs", "over", "2"],
         ["works", "ok", "0"],
@@ -80,11 +87,8 @@ def test_a_failing_step_costs_no_other(
         ("ok", "done: a b"),
     ]
     assert 1 <= steps["hangs"]["seconds"] < 30
-    facts = json.loads((tmp_path / "machine.json").read_text())
-    assert facts["device"] == "NVIDIA Pretend 9000"
-    assert facts["driver"] == "580.1"
-    assert facts["l2_bytes"] == 50 << 20
-    assert facts["capability"] == "9.0"
+    here = {"gpu": "NVIDIA Pretend 9000", "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    assert all(step.items() >= here.items() for step in steps.values())
 
 
 @pytest.mark.usefixtures("pretend")
@@ -171,32 +175,61 @@ def test_interpreter_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "log").read_text() == "False\n"
 
 
+ALL = "environment bandwidth tests more-tests ops tune ops-tuned models models-mnist mnist report"
+WITHOUT_MORE = ALL.replace(" more-tests", "")
+
+
 @pytest.mark.parametrize(
     ("words", "most", "names"),
     [
-        pytest.param((), 540, "tests more-tests ops tune ops-tuned models mnist report", id="all"),
-        pytest.param(("--quick",), 180, "tests ops tune ops-tuned models mnist report", id="quick"),
-        pytest.param(("--steps", "ops,tests"), 540, "tests ops", id="some"),
+        pytest.param((), 540, ALL, id="all"),
+        pytest.param(("--quick",), 180, WITHOUT_MORE, id="quick"),
+        pytest.param(("--steps", "ops,tests"), 540, "tests ops", id="some-in-their-order"),
         pytest.param(("--steps", "report"), 540, "report", id="one"),
         pytest.param(("--quick", "--steps", "ops, mnist"), 180, "ops mnist", id="quick-some"),
+        pytest.param(("--dry-run",), 610, WITHOUT_MORE, id="dry"),
     ],
 )
 def test_limits_fit_the_time(words: tuple[str, ...], most: int, names: str) -> None:
-    steps = planned(*words)
-    assert [step.name for step in steps] == names.split()
-    assert most - 20 < sum(step.limit for step in steps) < most
-    for step in steps:
-        if "--budget" in step.command:
-            budget = int(step.command[step.command.index("--budget") + 1])
-            assert 0 < budget < step.limit - 10
+    args = options(*words)
+    of = scale_of(args)
+    todo = gpu.names(args.steps, of)
+    assert todo == names.split()
+    left = of.total
+    for index in range(len(todo)):
+        seconds = gpu.limit(of, todo[index:], left)
+        assert seconds > 0
+        left -= seconds
+    assert most - 25 < of.total - left < most
+
+
+def test_time_that_a_step_does_not_need_is_for_those_that_follow() -> None:
+    of = scale.FULL._replace(shares={"a": 1, "b": 1, "c": 2})
+    assert gpu.limit(of, ["a", "b", "c"], 100) == 25
+    assert gpu.limit(of, ["b", "c"], 100) == 33
+    assert gpu.limit(of, ["c"], 98) == 98
+    assert gpu.limit(of, ["c"], -3) == 1, "who comes too late may say so"
+
+
+@pytest.mark.parametrize("seconds", [15, 60, 500])
+def test_a_budget_leaves_time_to_start_and_to_finish(seconds: int) -> None:
+    budgets = [
+        int(command[command.index("--budget") + 1])
+        for command in commands(seconds=seconds).values()
+        if "--budget" in command
+    ]
+    assert len(budgets) == 5
+    assert all(0 < budget <= max(1, seconds * 0.85 - 9) for budget in budgets)
 
 
 @pytest.mark.usefixtures("pretend")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        pytest.param(("--steps", "ops,nonsense"), "expected some of tests, more-tests,", id="unknown"),
-        pytest.param(("--steps", ""), "expected some of tests", id="none"),
+        pytest.param(
+            ("--steps", "ops,nonsense"), "expected some of environment, bandwidth, tests, more-tests,", id="unknown"
+        ),
+        pytest.param(("--steps", ""), "expected some of environment", id="none"),
         pytest.param(("--quick", "--steps", "more-tests"), "got more-tests", id="not-in-a-quick-run"),
     ],
 )
@@ -208,46 +241,62 @@ def test_unknown_step_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_are_commands_that_exist(tmp_path: Path) -> None:
-    args = options("--out", str(tmp_path), "--data", str(tmp_path / "data"))
+@pytest.mark.parametrize("words", [(), ("--quick",), ("--dry-run",)], ids=["full", "quick", "dry"])
+def test_steps_are_commands_that_exist(words: tuple[str, ...]) -> None:
+    found = commands(*words, "--out", "out", "--data", "data")
     parsed = {}
-    for step in gpu.steps(tmp_path, args, [*gpu.SHARES]):
-        _, module, *words = step.command
-        assert module in ("bench", "pytest")
-        if module == "bench" and words[0] in SUBJECTS:
-            parsed[step.name] = parse(words)
-    assert parsed["ops"].out == tmp_path
-    assert parsed["ops-tuned"].out == tmp_path / "tuned"
-    assert (parsed["mnist"].out, parsed["mnist"].data) == (tmp_path, tmp_path / "data")
-    assert parsed["mnist"].device == "cuda"
-    assert parsed["report"].results == tmp_path
-    models = parsed["models"]
-    assert (models.out, models.device, models.training) == (tmp_path, "cuda", True)
-    assert (models.model, models.batch, models.dtype, models.layout) == (
-        ["resnet50"],
-        [256],
-        ["bf16"],
-        ["channels_last"],
-    )
-    assert models.mode == ["eager", "graph", "compile"]
+    for name, (_, module, *rest) in found.items():
+        assert module in ("bench", "bench.pretend", "pytest")
+        if module != "pytest":
+            assert rest[0] in SUBJECTS
+            assert (module == "bench.pretend") == (words == ("--dry-run",) and name != "report")
+            parsed[name] = parse(rest)
+    out = Path("out")
+    for name in ("environment", "bandwidth", "ops", "models", "mnist"):
+        assert parsed[name].out == out
+    assert (parsed["ops-tuned"].out, parsed["ops-tuned"].provider) == (out / "tuned", ["tritonbn"])
+    assert (parsed["tune"].out, parsed["tune"].results, parsed["tune"].again) == (out / "plans", out, True)
+    assert parsed["models-mnist"].out == out / "mnist"
+    assert parsed["mnist"].data == Path("data").resolve()
+    assert parsed["report"].results == out
+    assert {parsed[name].device for name in ("environment", "bandwidth", "models", "models-mnist", "mnist")} == {"cuda"}
+
+
+@pytest.mark.parametrize(("words", "modes"), [((), "eager graph compile"), (("--quick",), "eager")])
+def test_what_is_measured_is_what_the_targets_are_of(words: tuple[str, ...], modes: str) -> None:
+    parsed = {name: parse(rest) for name, (_, module, *rest) in commands(*words).items() if module == "bench"}
+    ops, resnet, mlp = (parsed[name] for name in ("ops", "models", "models-mnist"))
+    assert (ops.set, ops.dtype, ops.provider) == (["resnet50-256", "mnist"], ["bf16"], None)
+    assert resnet.mode == modes.split()
+    for args, setting in ((resnet, targets.RESNET50), (mlp, targets.MNIST)):
+        assert args.training
+        for name in ("model", "batch", "dtype"):
+            assert getattr(args, name) == [setting[name]]
+    assert resnet.layout == [targets.RESNET50["layout"]]
+
+
+def test_results_go_where_the_page_looks_for_them() -> None:
+    assert commands()["report"][-1] == str(RESULTS)
+    assert commands("--out", "out")["report"][-1] == "out"
 
 
 def test_files_of_the_gpu_come_first() -> None:
-    tests, more = (gpu.files_of(name, quick=False) for name in ("tests", "more-tests"))
-    quick = gpu.files_of("tests", quick=True)
+    tests, more = (gpu.files_of(name, None) for name in ("tests", "more-tests"))
+    quick = gpu.files_of("tests", scale.QUICK.tests)
     every = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")}
     assert sorted(tests + more) == sorted(every - {"tests/test_codegen.py"})
     assert tests[0] == "tests/test_determinism.py"
     assert {"tests/test_numerics.py", "tests/test_epilogue.py", "tests/test_large.py"} <= set(tests)
     assert "tests/test_bench_gpu.py" in more
-    assert quick == ["tests/test_determinism.py", "tests/test_semantics.py", "tests/test_torch_suite.py"]
+    assert "tests/test_semantics.py" in quick
+    assert set(quick) < set(tests)
 
 
 def test_pytest_takes_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "-n" not in gpu.pytest_options()
+    assert "-n" not in gpu.pytest_options(False)
     (tmp_path / "test_it.py").write_text("def test_it() -> None: pass\n")
-    command = [sys.executable, "-m", "pytest", *gpu.pytest_options(), str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *gpu.pytest_options(False), str(tmp_path)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "1 passed" in answer.stdout
 
@@ -257,19 +306,33 @@ def made(*words: str) -> list[str]:
     make = shutil.which("make")
     if make is None:
         pytest.skip("make is missing")
-    ours = ("MFLAGS", "ARGS", "OUT", "QUICK", "STEPS", "VENV", "PYTHON")
+    ours = ("MFLAGS", "ARGS", "OUT", "QUICK", "DRY", "STEPS", "VENV", "PYTHON")
     clean = {name: value for name, value in os.environ.items() if "MAKE" not in name and name not in ours}
     command = [make, "--dry-run", *words]
     return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_make_gpu_takes_the_python_at_hand() -> None:
-    assert [line.split() for line in made("VENV=", "PYTHON=python3", "gpu")] == [["python3", "-m", "bench", "gpu"]]
+@pytest.mark.parametrize(
+    ("words", "python"),
+    [
+        pytest.param(("VENV=", "PYTHON=py"), "py", id="no-venv"),
+        pytest.param(("VENV={folder}/none", "PYTHON=py"), "py", id="venv-not-made"),
+        pytest.param(("VENV={folder}/made", "PYTHON=py"), "{folder}/made/bin/python", id="venv-made"),
+    ],
+)
+def test_make_gpu_takes_the_python_at_hand_and_installs_nothing(
+    words: tuple[str, ...], python: str, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "ready").touch()
+    found = made(*(word.format(folder=tmp_path) for word in words), "gpu")
+    assert [line.split() for line in found] == [[python.format(folder=tmp_path), "-m", "bench", "gpu"]]
 
 
 def test_make_gpu_hands_on_its_options() -> None:
     line = made("VENV=", "PYTHON=python3", "gpu", "OUT=a", "QUICK=1", "STEPS=ops,tests", "ARGS=--data X")[-1]
     assert line.split()[3:] == ["gpu", "--out", "a", "--quick", "--steps", "ops,tests", "--data", "X"]
+    assert made("gpu", "DRY=1")[-1].split()[-2:] == ["gpu", "--dry-run"]
 
 
 def test_make_bench_hands_on_its_arguments() -> None:

@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.models import pictures, profiles, rows, tables, tax
 from bench.models.profiles import KINDS
 from bench.models.settings import Setting
-from bench.page import models
+from bench.page import targets
 from tests import results
 
 Row = dict[str, Any]
@@ -238,14 +238,14 @@ def test_tables_shorten_no_number(capsys: pytest.CaptureFixture[str]) -> None:
 def test_page_has_the_targets_of_networks(tmp_path: Path) -> None:
     results.write(tmp_path / "gpu", models=content([*taxed(), *taxed((256,), mode="compile", torch=20.0)]))
     text = page(tmp_path)
-    found = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith(f"| {models.NAME}")]
+    found = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith(f"| {targets.RESNET50_STEP}")]
     ours = FIXED + 256 * (SLOPE + EXTRA["fused"]) / 1e3
     eager = (FIXED + 256 * (SLOPE + 100) / 1e3) / ours
     compiled = (FIXED + 256 * (SLOPE + 20) / 1e3) / ours
     assert eager > 1.15
     assert found == [
-        ["at least 1.15", f"{eager:.3g}", "yes |"],
-        ["at least 1", f"{compiled:.3g}", "**no** |"],
+        ["at least 1.15", f"{eager:.4g}", "yes |"],
+        ["at least 1", f"{compiled:.4g}", "**no** |"],
         ["at most 0.5", "0.4", "yes |"],
     ]
     assert "### Whole networks" in text
@@ -259,6 +259,6 @@ def test_figures_of_a_cpu_are_called_that(tmp_path: Path) -> None:
     results.write(tmp_path / "cpu", models=content([*taxed((256,)), failed], device="CPU"))
     text = page(tmp_path)
     assert "**Measured on a CPU.**" in text
-    assert text.count("not measured | - |") == 13
+    assert text.count("not measured | - |") == 14
     assert "none: out of memory at batch 256: 20 GiB" in text
     assert "The BN tax**" not in text, "one batch size is no line"

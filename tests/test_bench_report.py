@@ -59,7 +59,7 @@ def test_without_a_gpu_every_target_is_not_measured(tmp_path: Path) -> None:
     text = page(results.write(tmp_path / "cpu", overhead=overhead()).parent)
     assert "No GPU has been measured yet" in text
     rows = [row for row in text.splitlines() if "| at least " in row or "| at most " in row]
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert all(row.endswith("| not measured | - |") for row in rows)
     assert "### Operators" not in text
 
@@ -197,7 +197,7 @@ def test_machines_versions_and_commands(tmp_path: Path) -> None:
     assert line(text, f"({FOLDER}/machine.json)")[3] == "abcdef0123-dirty"
     assert line(text, "1 failed") == ["tests", "exit 1", "1 failed, 2 passed", "unknown", "61"]
     assert "never on the page" not in text
-    assert "`make VENV= PYTHON=python3 gpu`" in text
+    assert "`make gpu`" in text
 
 
 def test_committed_mnist_results_keep_their_figures() -> None:

@@ -18,6 +18,7 @@ pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
 
 from bench import tune
 from bench.__main__ import main
+from tests import results
 from tritonbn import planning, tables, tuning
 from tritonbn.choice import Problem
 from tritonbn.device import H200, Device
@@ -187,6 +188,48 @@ def test_what_was_found_is_printed_and_written(given: bool, gpu: Device, tmp_pat
     ]
     assert main(["tune", *with_layout, "--again"]) == 0
     assert "4 problems measured, 0 plans replaced" in out()
+
+
+def test_all_plans_that_were_timed_are_written(gpu: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc"}
+    monkeypatch.setattr(tune, "machine", lambda device: here)
+    results = tmp_path / "results"
+    shape = ["--shape", "256,64,56,56", "--layout", "nchw"]
+    assert main(["tune", *shape, "--out", str(tmp_path / "plans"), "--results", str(results)]) == 0
+    content = json.loads((results / "tune.json").read_text())
+    assert content["machine"] == here
+    for operation, before in (("forward", "stream"), ("backward", "stream")):
+        mine = [row for row in content["rows"] if row["operation"] == operation]
+        assert {row["path"] for row in mine} >= {"split", "stream", "single"}
+        assert {(row["path"], row["us"]) for row in mine} <= {("split", 10.0), ("stream", 20.0), ("single", 20.0)}
+        assert [row["path"] for row in mine if row["before"]] == [before]
+        assert [row["path"] for row in mine if row["after"]] == ["split"]
+        (model_plan,) = (row for row in mine if row["before"])
+        assert model_plan["predicted_us"] == pytest.approx({"forward": 57.5, "backward": 91.8}[operation], abs=0.05)
+        assert all(row.items() >= {"gpu": "GPU", "torch": "2", "triton": "3", "commit": "abc"}.items() for row in mine)
+        assert all(row["shape"] == [256, 64, 3136] for row in mine)
+
+
+def test_page_shows_paths_beside_predictions(tmp_path: Path) -> None:
+    same = {
+        "operation": "forward",
+        "layout": "planes",
+        "shape": [2, 3, 4],
+        "itemsize": 2,
+        "before": False,
+        "after": False,
+    }
+    rows = [
+        same | {"path": "split", "us": 12.0, "predicted_us": 9.0, "before": True},
+        same | {"path": "split", "us": 11.0, "predicted_us": 9.5},
+        same | {"path": "single", "us": 8.0, "predicted_us": 10.0, "after": True},
+        same | {"path": "stream", "us": None, "predicted_us": 7.0},
+    ]
+    results.write(tmp_path / "gpu", tune={"machine": results.MACHINE, "rows": rows})
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    expected = "forward | planes | 2x3x4, 16 bits | 8.0 (10.0) | - | - | - | 11.0 (9.5) | split 12.0 | single 8.0"
+    assert f"| {expected} |" in lines
 
 
 def test_a_budget_that_is_spent(gpu: Device, monkeypatch: pytest.MonkeyPatch, out: Out) -> None:

@@ -47,6 +47,7 @@ class Tuned(NamedTuple):
     after_us: float
     tried: int  # plans that were timed
     dropped: int  # plans that spill or do not fit the GPU
+    times: tuple[tuple[Plan, float], ...] = ()  # microseconds of each plan; infinite for those that were dropped
 
     def __str__(self) -> str:
         p, old, new = self.problem, self.before.path, self.after.path
@@ -193,7 +194,7 @@ def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | 
     after = min(times, key=times.__getitem__)
     after = before if before_us < MARGIN * times[after] else after
     dropped = sum(us == inf for us in times.values())
-    return Tuned(problem, before, after, before_us, times[after], len(times) - dropped, dropped)
+    return Tuned(problem, before, after, before_us, times[after], len(times) - dropped, dropped, (*times.items(),))
 
 
 def _timer(device: torch.device) -> Callable[[Problem, Layer], Measure]:

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.console import console
 from bench.cudnn import cudnn
+from bench.environment import gpu_facts
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
-from bench.gpu import gpu_facts
-from bench.measure import machine, pick_device
+from bench.measure import machine, pick_device, stamp
 from bench.mnist import at_most, positive
 from bench.models import crew as crews
 from bench.models import pictures, tables, tax
@@ -89,7 +89,7 @@ def measure(
     """All settings; the first process alone tells and writes."""
     console.quiet = crew.rank > 0
     steps = args.steps or (STEPS if device.type == "cuda" else FEW_STEPS)
-    facts = machine(device) | (gpu_facts() if device.type == "cuda" else {})
+    facts = machine(device) | gpu_facts(device)
     # cuDNN chooses among its kernels by measuring them, as people train.
     with measuring(device), cudnn(benchmark=device.type == "cuda"), progress(len(chosen)) as (tick, advance):
         facts["copy_gb_per_s"] = copy_bandwidth(device, SAMPLES if device.type == "cuda" else 3) / 1e9
@@ -140,8 +140,8 @@ class Results:
         self.left_out: list[str] = []
 
     def add(self, rows: list[Row], with_data: list[Row]) -> None:
-        self.rows += rows
-        self.with_data += with_data
+        self.rows += [row | stamp(self.facts) for row in rows]
+        self.with_data += [row | stamp(self.facts) for row in with_data]
         tables.print_rows(rows)
         tables.print_with_data(with_data)
         self.write()

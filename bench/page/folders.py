@@ -16,6 +16,8 @@ NEEDED = {
     "mnist": {"machine", "settings", "data", "check", "kernels_compared", "arms"},
     "study-mnist": {"machine", "settings", "data", "expected", "check", "kernels_compared", "notes", "arms"},
     "study-covariate-shift": {"machine", "settings", "data", "figures", "notes"},
+    "bandwidth": {"machine", "rows", "constants"},
+    "tune": {"machine", "rows"},
     "ops": {"machine", "rows", "wall"},
     "overhead": {"machine", "rows", "stubbed"},
     "study-inception": {"machine", "command", "settings", "data", "target", "lines", "norms_agree", "runs"},
@@ -44,6 +46,8 @@ READ = STEP_ARM | {
 ROWS = {
     "models": {"rows": STEP, "tax": TAX, "with_data": READ},
     "ops": {"rows": ROW, "wall": WALL},
+    "bandwidth": {"rows": {"what", "bytes", "us", "us_low", "us_high", "timed_by", "error"}},
+    "tune": {"rows": {"operation", "layout", "shape", "itemsize", "path", "us", "predicted_us", "before", "after"}},
     "overhead": {"rows": {"case", "launches", "us", "parts_us"}},
     "steps": {"steps": {"name", "result", "seconds", "last_line", "commit"}},
     "mnist": {"arms": ARM},

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from bench.models import pictures, tables, tax
 from bench.models.rows import Row
@@ -11,67 +10,27 @@ from bench.models.tables import number
 from bench.page.folders import Folder
 from bench.page.markdown import details, joined, table
 
-HEADLINE = {"model": "resnet50", "batch": 256, "image": 224, "layout": "channels_last", "dtype": "bf16",
-            "direction": "training", "processes": 1}  # fmt: skip
-NAME = "ResNet-50, training step, bf16, channels_last, batch 256"
-OURS = "fused"
 OPEN = 4  # settings that a reader sees at once
-WORDS = {"eager": "eager", "compile": "torch.compile"}
 
 
-class Target(NamedTuple):
-    text: str
-    line: str
-    value: float | None
-    reached: bool
-
-
-def targets(folders: Sequence[Folder]) -> str:
-    """The lines that networks have to cross, and what each GPU measured."""
-    found = [folder for folder in folders if folder.gpu("models")]
-    answers = [lines_to_cross(folder.files["models"]) for folder in found] or [lines_to_cross({"rows": [], "tax": []})]
-    names = [f"{folder.gpu('models')}: " for folder in found] or [""]
-    head = ["whole networks", "line", *(name + what for name in names for what in ("measured", "reached"))]
-    lines = [
-        (same[0].text, same[0].line, *(cell for answer in same for cell in measured(answer)))
-        for same in zip(*answers, strict=True)
-    ]
-    return table(head, lines)
-
-
-def lines_to_cross(content: dict[str, Any]) -> list[Target]:
-    """Against torch in the same mode, in turns with it; the tax in eager mode."""
-    faster = []
-    for mode, line in (("eager", 1.15), ("compile", 1.0)):
-        like = HEADLINE | {"mode": mode, "provider": OURS}
-        ours = (row["speedup"] for row in content["rows"] if all(row[key] == value for key, value in like.items()))
-        value = next(ours, None)
-        text = f"{NAME}: torch's time over ours, fused; both {WORDS[mode]}"
-        faster.append(Target(text, f"at least {line:g}", value, value is not None and value >= line))
-    mine = [line for line in content["tax"] if all(line[key] == HEADLINE[key] for key in tax.KEYS if key != "mode")]
-    share = tax.share_of_torchs(mine, OURS, "eager", int(str(HEADLINE["batch"])))
-    text = f"{NAME}: the time that our batch norm adds, over what torch's adds; both eager"
-    return [*faster, Target(text, "at most 0.5", share, share is not None and share <= 0.5)]
-
-
-def measured(answer: Target) -> tuple[str, str]:
-    if answer.value is None:
-        return "not measured", "-"
-    return f"{answer.value:.3g}", "yes" if answer.reached else "**no**"
+# Each has a file of its own: options of one command are for all of its networks.
+FILES = {"models": "### Whole networks", "mnist/models": "### The network of the MNIST experiment, step by step"}
 
 
 def draw(folder: Folder) -> list[Path]:
-    return pictures.draw(folder.files["models"], folder.path)
+    """Write the pictures of each file beside it."""
+    found = ((name, content) for name, content in folder.files.items() if name in FILES)
+    return [path for name, content in found for path in pictures.draw(content, (folder.path / name).parent)]
 
 
-def networks(folder: Folder) -> str:
-    """Everything from models.json but the targets."""
-    content = folder.files["models"]
-    chosen, gpu = content["settings"], folder.gpu("models")
+def networks(folder: Folder, name: str = "models") -> str:
+    """Everything from one of the `FILES` but the targets."""
+    content = folder.files[name]
+    chosen, gpu = content["settings"], folder.gpu(name)
     settings = [list(rows) for _, rows in groupby(content["rows"], key=tables.title)]
     drawn = pictures.drawn(content["rows"], content["tax"])
     return joined(
-        "### Whole networks",
+        FILES[name],
         ""
         if gpu
         else f"**Measured on a CPU.** {tables.INTERPRETED if chosen['kernels_compared'] else tables.SWAP_ONLY}",
@@ -80,7 +39,7 @@ def networks(folder: Folder) -> str:
         "and its x the noise. off fp32: how far the losses of the first steps, or the outputs, are from those in fp32, "
         "of the largest. Shares are of the time of all "
         f"{'GPU kernels' if gpu else 'CPU operators'}.",
-        *(f"![{text}]({folder.prefix}{name})" for name, text in drawn.items()),
+        *(f"![{text}]({folder.prefix}{name.removesuffix('models')}{picture})" for picture, text in drawn.items()),
         *(setting(rows) for rows in settings[:OPEN]),
         details("More settings", joined(*(setting(rows) for rows in settings[OPEN:]))),
         *taxes(content["tax"], content["machine"].get("copy_gb_per_s")),

@@ -11,7 +11,6 @@ from bench.page.markdown import details, joined, table
 from bench.summary import (
     OURS,
     Row,
-    Target,
     geometric_mean_ratio,
     group,
     losses,
@@ -19,35 +18,9 @@ from bench.summary import (
     ratios,
     weighted_percent,
 )  # fmt: skip
-from bench.summary import targets as lines_to_cross
 
 Figure = float | None
-TERMS = """\
-Percent of the floor: the time that the fewest possible bytes take at the bandwidth of a plain copy, measured in the
-same run, over the time measured; 100 is the speed of a copy. Speed-up: a peer's time over ours, both of the same run;
-above 1 we are faster. Means are weighted by how often a network has the layer and by its bytes: those of percents are
-all floors over all times, those of speed-ups geometric. Times are medians, with quartiles in parentheses."""
 WHERE = ("shapes of", "layer", "dtype", "layout", "epilogue", "direction")
-
-
-def targets(folders: Sequence[Folder]) -> str:
-    """The lines to cross and what each GPU measured; "not measured" where there is no figure."""
-    found = [folder for folder in folders if folder.gpu("ops")]
-    answers = [lines_to_cross(f.files["ops"]["rows"], f.files["ops"]["wall"]) for f in found] or [lines_to_cross([])]
-    names = [f"{folder.gpu('ops')}: " for folder in found] or [""]
-    head = ["to measure", "line to cross", *(name + what for name in names for what in ("measured", "reached"))]
-    rows = [
-        (same[0].text, f"at least {same[0].line:g}", *(cell for answer in same for cell in measured(answer)))
-        for same in zip(*answers, strict=True)
-    ]
-    none = "" if found else " **No GPU has been measured yet.**"
-    return joined("## Targets", f"Set for an H200.{none}", table(head, rows), TERMS)
-
-
-def measured(answer: Target) -> tuple[str, str]:
-    if answer.value is None:
-        return "not measured", "-"
-    return f"{answer.value:.4g}", "yes" if answer.reached else "**no**"
 
 
 def operators(folder: Folder) -> str:

@@ -1,10 +1,11 @@
 """The page of results, piece by piece: each function makes one section of Markdown from one kind of result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from bench import mnist_tables
-from bench.page import inception, models, study
+from bench.page import bounds, inception, models, study
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
 
@@ -15,7 +16,7 @@ VERSIONS = ("python", "torch", "triton", "cuda", "cudnn", "driver")
 
 def repeat(folders: Sequence[Folder]) -> str:
     """The commands that give each kind of result."""
-    commands = [("everything that needs a GPU", "make VENV= PYTHON=python3 gpu")]
+    commands = [("everything that needs a GPU", "make gpu")]
     for folder in folders:
         for name, command in OF_MNIST.items():
             if name in folder.files:
@@ -24,8 +25,9 @@ def repeat(folders: Sequence[Folder]) -> str:
                 commands.append((f"{folder.prefix}{name}.json", f"python -m bench {command} {options}"))
         if "study-inception" in folder.files:
             commands.append((f"{folder.prefix}study-inception.json", folder.files["study-inception"]["command"]))
-        if "models" in folder.files:
-            commands.append((f"{folder.prefix}models.json", folder.files["models"]["settings"]["command"]))
+        for name in models.FILES:
+            if name in folder.files:
+                commands.append((f"{folder.prefix}{name}.json", folder.files[name]["settings"]["command"]))
         if "overhead" in folder.files:
             commands.append((f"{folder.prefix}overhead.json", "python -m bench overhead"))
     commands.append(("this page", "python -m bench report"))
@@ -118,10 +120,13 @@ def steps(folder: Folder) -> str:
 
 
 # By the file that each is made of, in the order of the page.
-SECTIONS = {
+SECTIONS: dict[str, Callable[[Folder], str]] = {
     "steps": steps,
     "mnist": mnist,
+    "bandwidth": bounds.bandwidth,
+    "tune": bounds.paths,
     "models": models.networks,
+    "mnist/models": partial(models.networks, name="mnist/models"),
     "study-mnist": study.mnist,
     "study-inception": inception.section,
     "study-covariate-shift": study.covariate_shift,
