@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm as torch_batch_norm
 
-from tests.parity import STATISTICS, Call, assert_as_torch, assert_matches, in_both_modes, make_call, random
+from tests.parity import STATISTICS, Call, assert_as_torch, assert_matches, in_both_modes, make_call, raised_by, random
 from tritonbn.functional import batch_norm
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -86,7 +86,10 @@ def test_momentum_and_eps(scalars: dict[str, Any], training: bool, device: torch
 
 
 def test_eps_zero_in_eval(device: torch.device) -> None:
-    assert_as_torch(make_call((4, 3, 5), device, training=False, eps=0.0))
+    call = make_call((4, 3, 5), device, training=False, eps=0.0)
+    if raised_by(lambda: call.run(torch_batch_norm)):
+        pytest.skip("this torch refuses it, others do not")
+    assert_as_torch(call)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 5)], ids=["rows", "planes"])
