@@ -140,6 +140,13 @@ def test_import_needs_neither_bench_nor_tests_nor_extras() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_import_starts_no_compiler() -> None:
+    """It would take four times as long."""
+    script = "import sys, tritonbn; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
 def test_repository_names_no_machine_and_no_registry() -> None:
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT)
     if listed.returncode:
