@@ -71,14 +71,15 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def queried(gpu: str) -> dict[str, str | None]:
-    """What nvidia-smi says of a GPU; None of what it does not know, or where there is none."""
+    """What nvidia-smi says of a GPU, or of the first one where it does not know that; None where it says nothing."""
     query = f"--query-gpu={','.join(QUERIED.values())}"
-    command = ["nvidia-smi", f"--id={gpu}", query, "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        answer = ""
-    cells = [cell.strip() for cell in next(iter(answer.splitlines()), "").split(",")]
-    if len(cells) != len(QUERIED):
-        cells = [""] * len(QUERIED)
-    return {name: None if cell in ("", "[N/A]") else cell for name, cell in zip(QUERIED, cells, strict=True)}
+    for which in ([f"--id={gpu}"], []):
+        command = ["nvidia-smi", *which, query, "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            continue
+        cells = [cell.strip() for cell in next(iter(answer.splitlines()), "").split(",")]
+        if len(cells) == len(QUERIED):
+            return {name: None if cell == "[N/A]" else cell for name, cell in zip(QUERIED, cells, strict=True)}
+    return dict.fromkeys(QUERIED)

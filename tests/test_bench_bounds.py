@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -187,28 +186,24 @@ def test_page_shows_assumptions_beside_measurements(tmp_path: Path) -> None:
 # The machine.
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """nvidia-smi in words; what it is asked."""
-    command: list[str] = []
-    real = subprocess.run
+@pytest.mark.parametrize("known", [True, False])
+def test_driver_is_asked_about_this_gpu(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi in words; one that knows GPUs by other names answers for the first."""
+    asked: list[str] = []
 
-    def run(given: list[str], **options: Any) -> Any:
-        if given[0] != "nvidia-smi":
-            return real(given, **options)
-        command[:] = given
-        return SimpleNamespace(stdout="580.159.04, 700.00, 1980, 3201, 34, 4, [N/A]\nof another line")
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command[1])
+        if command[1] == "--id=GPU-12" and not known:
+            raise subprocess.CalledProcessError(6, command)
+        return SimpleNamespace(stdout="580.159.04, 700.00, 1980, 3201, 34, 4, [N/A]\nof another GPU")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return command
-
-
-def test_driver_is_asked_about_this_gpu(asked: list[str]) -> None:
     assert environment.queried("GPU-12") == {
         "driver": "580.159.04", "power_limit_w": "700.00", "sm_mhz": "1980", "memory_mhz": "3201",
         "temperature_c": "34", "memory_used_mib": "4", "ecc": None,
     }  # fmt: skip
-    assert asked[1] == "--id=GPU-12"
+    assert asked[0] == "--id=GPU-12"
+    assert len(asked) == 1 + (not known)
 
 
 def test_without_a_driver_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from tests import idx_files
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for the run itself")
 def test_rehearsal(tmp_path: Path) -> None:
     """One test, for no worker must rehearse what another one does: started as a user starts it, then looked at."""
     make = shutil.which("make")
