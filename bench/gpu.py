@@ -132,7 +132,9 @@ def command(name: str, seconds: int, out: Path, args: argparse.Namespace, scale:
         case "environment" | "bandwidth":
             return [*bench, name, "--device", "cuda", *quick[: name == "bandwidth"], "--out", str(out)]
         case "tests" | "more-tests":
-            return ["-m", "pytest", *pytest_options(args.dry_run), *files_of(name, scale.tests)]
+            # Some of all tests of kernels rather than all of some; what others set up, they set up once.
+            rounds = ["--rounds", "8" if name == "tests" else "1"]
+            return ["-m", "pytest", *pytest_options(args.dry_run), *budget, *rounds, *files_of(name, scale.tests)]
         case "ops":
             return [*bench, "ops", *scale.ops, *quick, *budget, "--out", str(out)]
         case "tune":
@@ -152,10 +154,11 @@ def command(name: str, seconds: int, out: Path, args: argparse.Namespace, scale:
 
 def pytest_options(alone: bool) -> list[str]:
     """In parallel where pytest-xdist is there: most of the time goes into compiling kernels."""
-    workers = min(12, os.cpu_count() or 1)
+    workers = min(16, os.cpu_count() or 1)
     parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") and not alone else []
     # A test that hangs is killed with all others at the limit: this has told which it was.
-    return ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", *parallel]
+    hangs = ["-o", "faulthandler_timeout=45"]
+    return ["-q", "--tb=short", "-p", "no:cacheprovider", *hangs, *parallel, "-p", "bench.pytest_budget"]
 
 
 def files_of(name: str, few: Sequence[str] | None) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -218,7 +219,7 @@ def test_a_budget_leaves_time_to_start_and_to_finish(seconds: int) -> None:
         for command in commands(seconds=seconds).values()
         if "--budget" in command
     ]
-    assert len(budgets) == 5
+    assert len(budgets) == 7
     assert all(0 < budget <= max(1, seconds * 0.85 - 9) for budget in budgets)
 
 
@@ -292,13 +293,51 @@ def test_files_of_the_gpu_come_first() -> None:
     assert set(quick) < set(tests)
 
 
+NUMBERED = """
+import time
+import pytest
+
+@pytest.mark.parametrize("number", range(5))
+def test_it(number: int) -> None:
+    time.sleep(PAUSE)
+"""
+
+
+def run_numbered(folder: Path, pause: float, *words: str) -> str:
+    """The output of two files of five tests each, one process, as the step runs them."""
+    for name in ("a", "b"):
+        (folder / f"test_{name}.py").write_text(NUMBERED.replace("PAUSE", str(pause)))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *gpu.pytest_options(True),
+        *words,
+        *map(str, sorted(folder.glob("*.py"))),
+    ]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, check=False).stdout
+
+
 def test_pytest_takes_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "-n" not in gpu.pytest_options(False)
-    (tmp_path / "test_it.py").write_text("def test_it() -> None: pass\n")
-    command = [sys.executable, "-m", "pytest", *gpu.pytest_options(False), str(tmp_path)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "1 passed" in answer.stdout
+    assert "10 passed" in run_numbered(tmp_path, 0)
+
+
+def test_rounds_take_some_tests_of_every_file_first(tmp_path: Path) -> None:
+    output = run_numbered(tmp_path, 0, "--rounds", "2", "-vv")
+    order = re.findall(r"test_([ab]).py::test_it\[(\d)\] PASSED", output)
+    assert " ".join(map("".join, order)) == "a0 a2 a4 b0 b2 b4 a1 a3 b1 b3"
+
+
+def test_what_the_time_does_not_suffice_for_is_skipped_and_counted(tmp_path: Path) -> None:
+    output = run_numbered(tmp_path, 0.5, "--budget", "1.2", "-rs")
+    passed, skipped = (int(found) for found in re.search(r"(\d+) passed, (\d+) skipped", output).groups())  # type: ignore[union-attr]
+    assert passed + skipped == 10
+    assert 1 <= passed <= 4
+    assert f"SKIPPED [{skipped}]" in output
+    assert "the budget was spent" in output
 
 
 def made(*words: str) -> list[str]:
