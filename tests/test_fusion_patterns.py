@@ -2,6 +2,7 @@
 
 import operator
 import random as python_random
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -250,6 +251,13 @@ def hooked() -> Iterator[None]:
         yield
 
 
+def raises_from_itself(self: Any, x: Tensor) -> Any:
+    try:
+        return self.bn(x).relu() if x.sum() < 1e9 else x
+    except Exception as error:
+        raise error from error
+
+
 def asks_type(self: Any, x: Tensor) -> Any:
     y = self.bn(x)
     return y.relu() if isinstance(y, Tensor) else y[0]
@@ -346,3 +354,21 @@ def test_pattern_is_not_fused_and_said_why(forward: Forward, why: str) -> None:
             torch.testing.assert_close(ours(images()), model(images()))
     else:
         assert_trains_alike(ours, model, images())
+
+
+def test_an_error_that_is_its_own_cause_ends_the_trace() -> None:
+    model = converted(net(raises_from_itself))
+    assert "it branches on the value of a tensor" in tritonbn.report(model).rows[0].alone
+
+
+def test_what_somebody_is_handling_keeps_its_variables() -> None:
+    def fail() -> None:
+        held = "kept"
+        raise ValueError(held)
+
+    try:
+        fail()
+    except ValueError as error:
+        converted(net(branches))
+        frames = [frame.f_locals.get("held") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    assert frames[-1] == "kept"

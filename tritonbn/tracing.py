@@ -33,31 +33,34 @@ def trace(module: nn.Module, leaves: list[Any], spec: TreeSpec) -> fx.Graph:
     leaves: TENSOR for each tensor, which becomes a placeholder; all other values are constants of the graph. It holds
     for the module's attributes of this moment and for the grad mode of this moment. Raises Untraceable.
     """
+    outer = sys.exc_info()[1]  # that somebody is handling
     with _LOCK, without_effects(module):
         tracer = _Tracer(leaves, spec)
         try:
             graph = tracer.trace(module)
         except Exception as error:  # whatever a forward may do to a value that it does not expect
-            _leave(error, tracer.refusal)
+            _leave(outer, error, tracer.refusal)
             if isinstance(error, Untraceable):
                 raise
             raise Untraceable(" ".join((type(error).__name__, *str(error).splitlines()[:1]))) from error
         if tracer.refusal is not None:  # the forward caught it
-            _leave(tracer.refusal)
+            _leave(outer, tracer.refusal)
             raise tracer.refusal
         if not tracer.inputs_unchanged():
             raise Untraceable("it changes a list or dict that it is given")
     return graph
 
 
-def _leave(*errors: BaseException | None) -> None:
-    """End what the frames behind errors hold.
+def _leave(outer: BaseException | None, *errors: BaseException | None) -> None:
+    """End what the frames behind errors hold, but for those behind `outer`.
 
     A generator that one of them did not get to the end of, as that of torch.utils.checkpoint up to torch 2.12, has set
     hooks for saved tensors: they are of this thread, and they would stay as long as somebody keeps the error.
     """
+    seen = {id(outer)}
     for error in errors:
-        while error is not None:
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
 
