@@ -27,9 +27,11 @@ COPIES = (1, 4, 16, 64, 256, 1024)  # MiB of a tensor
 READ_TWICE = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 256)
 IN_CACHE = (1, 2, 4, 8)
 ROUNDS = 64
+BARRIER_SECONDS = 0.5e-6  # none takes less
 BLOCK, WARPS = 4096, 8  # 128 bytes of each thread, in 128-bit loads
 
 Row = dict[str, Any]
+Times = dict[tuple[str, int], float]  # microseconds by what was measured, and bytes
 
 
 class Bench(NamedTuple):
@@ -42,7 +44,7 @@ class Bench(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("out/bandwidth"), help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="copies and launches only")
+    parser.add_argument("--quick", action="store_true", help="no second readings")
     parser.add_argument("--device", help="cuda, or cpu to try it (default: cuda if there is one)")
 
 
@@ -80,15 +82,17 @@ def measured(bench: Bench, quick: bool) -> Iterator[Row]:
         return
     for size in IN_CACHE:
         yield attempt(bench, "copy in L2", size * bench.unit, copy, slots=1)
-    for size in () if quick else READ_TWICE:
-        for what, call in (("one pass", copy), ("read", read), ("read, then pass", again(False)),
-                           ("read, then pass in reverse", again(True))):  # fmt: skip
-            yield attempt(bench, what, size * bench.unit, call)
     yield attempt(bench, "launch", 4, empty)
     # In the interpreter no program could wait for another one.
     for programs in (1,) if launch.INTERPRETED else (bench.sms, 2 * bench.sms):
         for rounds in (0, ROUNDS):
-            yield attempt(bench, f"{rounds} barriers of {programs}", 4, waiting(programs, rounds), slots=1)
+            work, least = waiting(programs, rounds), rounds * BARRIER_SECONDS
+            yield attempt(bench, f"{rounds} barriers of {programs}", 4, work, slots=1, least=least)
+    for size in () if quick else READ_TWICE:
+        for what, work in (("one pass", copy), ("read", read), ("read, then pass", again(False)),
+                           ("read, then pass in reverse", again(True))):  # fmt: skip
+            # Two at least: else the next call would find what this one, in reverse, wrote and read last.
+            yield attempt(bench, what, size * bench.unit, work, max(2, slots_for(size * bench.unit, bench.l2_bytes)))
 
 
 class Pair(NamedTuple):
@@ -103,13 +107,18 @@ class Pair(NamedTuple):
 Work = Callable[[Pair], object]
 
 
-def attempt(bench: Bench, what: str, size: int, work: Work, slots: int | None = None) -> Row:
-    """A row; of as many tensors in turns as exceed L2 fourfold unless `slots` are given. bytes: of one tensor."""
+def attempt(
+    bench: Bench, what: str, size: int, work: Work, slots: int | None = None, least: float = LAUNCH_SECONDS
+) -> Row:
+    """A row; of as many tensors in turns as exceed L2 fourfold unless `slots` are given. bytes: of one tensor.
+
+    least: seconds that it takes at the least, beside what the bytes do.
+    """
     row: Row = {"what": what, "bytes": size, "us": None, "us_low": None, "us_high": None, "timed_by": None,
                 "error": None}  # fmt: skip
     try:
         pairs = [pair(size, bench.device) for _ in range(slots or slots_for(size, bench.l2_bytes))]
-        least = max(LAUNCH_SECONDS, 2 * size / 1e13)
+        least = max(LAUNCH_SECONDS, least, 2 * size / 1e13)
         found = measure(lambda slot: work(pairs[slot]), len(pairs), bench.device, least, bench.samples)
         row["us"], row["us_low"], row["us_high"], row["timed_by"] = found
     except Exception as error:  # the rest is worth having
@@ -160,7 +169,7 @@ def waiting(programs: int, rounds: int) -> Work:
 
 def constants(rows: list[Row], copy_gb_per_s: float, bench: Bench) -> dict[str, dict[str, float | None]]:
     """What the model assumes of this GPU, and what the rows say."""
-    times = {(row["what"], row["bytes"]): row["us"] for row in rows if row["us"]}
+    times = times_of(rows)
     fastest = max((2e-3 * size / us for (what, size), us in times.items() if what == "copy in L2"), default=None)
     device = planning.device_of(bench.device)
     found = {
@@ -170,25 +179,29 @@ def constants(rows: list[Row], copy_gb_per_s: float, bench: Bench) -> dict[str, 
         "barrier, us": (1e6 * model.BARRIER, barrier(times, 2 * bench.sms)),
     }
     for order, what in (("forward", "read, then pass"), ("reverse", "read, then pass in reverse")):
-        served = [kept * size for size, kept in second_readings(rows, what)]
+        # Of much larger tensors nothing is left, and noise of their times would be taken for a part of L2.
+        served = [kept * size for size, kept in second_readings(times, what) if size <= 2 * bench.l2_bytes]
         share = max(served) / bench.l2_bytes if served and bench.l2_bytes else None
         found[f"part of L2 that a second pass finds, {order}"] = (model.L2_SHARE, share)
     return {name: {"assumed": assumed, "measured": value} for name, (assumed, value) in found.items()}
 
 
-def barrier(times: dict[tuple[str, int], float], programs: int) -> float | None:
+def barrier(times: Times, programs: int) -> float | None:
     """Microseconds of one: the difference that `ROUNDS` make."""
     without, with_them = (times.get((f"{rounds} barriers of {programs}", 4)) for rounds in (0, ROUNDS))
     return None if without is None or with_them is None else (with_them - without) / ROUNDS
 
 
-def second_readings(rows: list[Row], what: str) -> Iterator[tuple[int, float]]:
+def times_of(rows: list[Row]) -> Times:
+    return {(row["what"], row["bytes"]): row["us"] for row in rows if row["us"]}
+
+
+def second_readings(times: Times, what: str) -> Iterator[tuple[int, float]]:
     """(bytes of a tensor, part of its second reading that L2 served), where all is known.
 
     A pass that reads and writes takes `one pass`; after a reading it takes less. Where all were served, it would take
     what writing does: half of it. So the part is 2 * (1 - second / one pass), from 0 to 1 but for noise.
     """
-    times = {(row["what"], row["bytes"]): row["us"] for row in rows if row["us"]}
     for (name, size), both in times.items():
         alone, first = times.get(("one pass", size)), times.get(("read", size))
         if name == what and alone is not None and first is not None:

@@ -92,11 +92,11 @@ def commit() -> str | None:
     """
     if told := os.environ.get("TRITONBN_COMMIT"):
         return told
+    root = Path(__file__).resolve().parent.parent
+    ours = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}  # a repository around a copy is another one
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
+        answer = subprocess.run(command, cwd=root, env=ours, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()

@@ -8,12 +8,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 
 from bench import ops_tables, preview, wall
+from bench.ahead import compile_ahead, of_problem
+from bench.codegen import Launch
 from bench.console import console
 from bench.files import writable_folder, write_json
 from bench.measure import machine, pick_device
@@ -21,9 +24,10 @@ from bench.problem import DIRECTIONS, DTYPES, EPILOGUES, LAYOUTS, Problem, layou
 from bench.providers import PROVIDERS, Provider
 from bench.rows import Bench, rows_of
 from bench.shapes import SETS, Layer, shape
-from bench.summary import Row, failures, fill_ratios
+from bench.summary import OURS, Row, failures, fill_ratios
 from bench.timing import copy_bandwidth, l2_bytes
 from tritonbn.plan import Path as PlanPath
+from tritonbn.plan import forced
 from tritonbn.timing import SAMPLES, measuring
 
 CUSTOM = "custom"
@@ -72,12 +76,14 @@ def run(args: argparse.Namespace) -> int:
     out = writable_folder(args.out or default) / "ops.json"
     absent = {name: reason for name in args.provider if (reason := PROVIDERS[name].missing(device))}
     chosen = [PROVIDERS[name] for name in args.provider if name not in absent]
+    begun = time.monotonic()
+    compile_ours(args, device)
     with measuring(device):
         samples = SAMPLES if device.type == "cuda" else 3
         bench = Bench(device, facts, copy_bandwidth(device, samples), l2_bytes(device), samples, args.path)
         facts |= {"copy_gb_per_s": bench.bandwidth / 1e9, "l2_bytes": bench.l2_bytes, "peers_absent": absent}
         introduce(facts)
-        results = measure_all(args, chosen, bench, out)
+        results = measure_all(args, chosen, bench, out, begun)
     ops_tables.print_summary(results.rows, results.wall)
     for text, number in Counter(results.left_out).items():
         console.print(f"left out, the budget was spent: {text}, {number} problems", soft_wrap=True)
@@ -94,6 +100,18 @@ def defaults(args: argparse.Namespace) -> None:
     args.layout = args.layout or [*LAYOUTS]
     args.direction = args.direction or [*DIRECTIONS]
     args.provider = args.provider or [name for name, p in PROVIDERS.items() if not (args.quick and p.stage == 2)]
+
+
+def compile_ours(args: argparse.Namespace, device: torch.device) -> None:
+    """Our kernels, in the order in which they will be needed, for a quarter of the budget at most."""
+    if device.type != "cuda" or OURS not in args.provider:
+        return
+    launches: list[Launch] = []
+    with forced(args.path) if args.path else nullcontext():
+        for unit in units(problems(args), [PROVIDERS[OURS]]):
+            with suppress(ValueError):  # a path that cannot run it, as its rows will say
+                launches += of_problem(unit.problem, device)
+    compile_ahead(launches, (args.budget or math.inf) / 4)
 
 
 class Results:
@@ -120,10 +138,10 @@ class Results:
             self._next_write = time.monotonic() + 20 * (time.monotonic() - start)
 
 
-def measure_all(args: argparse.Namespace, chosen: Sequence[Provider], bench: Bench, out: Path) -> Results:
-    """Eager calls first, then all units in their order, until the budget is spent."""
+def measure_all(args: argparse.Namespace, chosen: Sequence[Provider], bench: Bench, out: Path, begun: float) -> Results:
+    """Eager calls first, then all units in their order, until the budget, which `begun` then, is spent."""
     results = Results(bench.facts, out)
-    deadline = time.monotonic() + (math.inf if args.budget is None else args.budget)
+    deadline = begun + (math.inf if args.budget is None else args.budget)
     stages = {provider.name: provider.stage for provider in chosen}
     called = [name for name in wall.PROVIDERS if name in stages and not (args.quick and stages[name])]
     try:

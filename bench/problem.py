@@ -55,12 +55,16 @@ class Problem:
         return f"{self.set} {self.dtype} {self.epilogue}"
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
     def memory_format(self) -> torch.memory_format:
         return CHANNELS_LAST[len(self.layer.shape)] if self.layout == "channels_last" else torch.contiguous_format
 
     @property
     def tensor_bytes(self) -> int:
-        return self.layer.numel * DTYPES[self.dtype].itemsize
+        return self.layer.numel * self.torch_dtype.itemsize
 
     def floor_bytes(self, direction: Direction) -> int:
         """The fewest bytes of full tensors: each is read or written once. Vectors of size C are left out.
@@ -118,7 +122,7 @@ def make_inputs(problem: Problem, slots: int, device: torch.device, seed: int = 
 
     def tensor(mean: float) -> Tensor:
         fresh = torch.empty(
-            problem.layer.shape, dtype=DTYPES[problem.dtype], device=device, memory_format=problem.memory_format
+            problem.layer.shape, dtype=problem.torch_dtype, device=device, memory_format=problem.memory_format
         )
         return fresh.normal_(mean, generator=generator)
 

@@ -1,6 +1,7 @@
 """Plans by measurement for the layers of a network: `tritonbn.tune` from the command line."""
 
 import argparse
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from bench.ahead import compile_ahead, of_tuning
 from bench.console import console, print_columns
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
@@ -49,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
         raise BenchError("no folder for the table: --out DIR, or set TRITONBN_CACHE_DIR")
     for path in (folder, *([args.results] if args.results else [])):
         writable_folder(path)
+    begun = time.monotonic()
+    work = tuning.problems(chosen, planning.device_of(device), args.again)
+    launches = (each for what, layer in work.items() for each in of_tuning(what, layer, planning.device_of(device)))
+    compile_ahead(launches, (args.budget or inf) / 2)
+    budget = None if args.budget is None else max(0.0, args.budget - (time.monotonic() - begun))
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("tuning", total=None)
 
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             if not console.is_terminal:
                 console.print(f"{done}/{total} {text}", soft_wrap=True)
 
-        found = tuning.tune_layers(chosen, device, again=args.again, folder=folder, budget=args.budget, progress=show)
+        found = tuning.tune_layers(chosen, device, again=args.again, folder=folder, budget=budget, progress=show)
     for result in found:
         console.print(str(result), soft_wrap=True)
     if args.results:

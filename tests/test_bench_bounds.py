@@ -34,17 +34,20 @@ def test_what_a_second_pass_finds_follows_from_three_times() -> None:
     """One pass takes 10 us, half of it to read. After a reading of 5 us: nothing found, a half, all."""
     rows = [row("one pass", 100, 10.0), row("read", 100, 5.0)]
     for both, part in ((15.0, 0.0), (12.5, 0.5), (10.0, 1.0)):
-        found = dict(bandwidth.second_readings([*rows, row("read, then pass", 100, both)], "read, then pass"))
-        assert found == {100: pytest.approx(part)}
-    assert not [*bandwidth.second_readings([*rows[:1], row("read, then pass", 100, 12.0)], "read, then pass")]
-    assert not [*bandwidth.second_readings([*rows, row("read, then pass", 100, None)], "read, then pass")]
+        assert parts([*rows, row("read, then pass", 100, both)]) == {100: pytest.approx(part)}
+    assert not parts([*rows[:1], row("read, then pass", 100, 12.0)])
+    assert not parts([*rows, row("read, then pass", 100, None)])
+
+
+def parts(rows: list[bandwidth.Row]) -> dict[int, float]:
+    return dict(bandwidth.second_readings(bandwidth.times_of(rows), "read, then pass"))
 
 
 def test_constants_of_the_model_stand_beside_what_was_measured() -> None:
     bench = Bench(torch.device("cpu"), 3, l2_bytes=400, sms=4, unit=1)
     rows = [row("copy in L2", 1000, 0.2), row("copy in L2", 2000, 0.8), row("launch", 4, 2.5)]
     rows += [row("0 barriers of 8", 4, 3.0), row("64 barriers of 8", 4, 131.0), row("64 barriers of 4", 4, 99.0)]
-    for size, both in ((100, 1.0), (400, 7.0)):
+    for size, both in ((100, 1.0), (400, 6.0), (1000, 14.5)):
         rows += [row("one pass", size, size / 100), row("read", size, size / 200)]
         rows += [row("read, then pass in reverse", size, both)]
     found = bandwidth.constants(rows, 2.0, bench)
@@ -52,7 +55,7 @@ def test_constants_of_the_model_stand_beside_what_was_measured() -> None:
     assert found["copy in L2 / copy"] == {"assumed": model.L2_SPEED, "measured": pytest.approx(5.0)}
     assert found["launch in a graph, us"] == {"assumed": pytest.approx(1e6 * model.LAUNCH), "measured": 2.5}
     assert found["barrier, us"] == {"assumed": pytest.approx(1e6 * model.BARRIER), "measured": 2.0}
-    # Of 100 bytes all were served, of 400 none: a quarter of the cache.
+    # Of 100 bytes all were served, of 400 none: a quarter of the cache. 1000 are too many, and a tenth of them noise.
     assert found["part of L2 that a second pass finds, reverse"]["measured"] == pytest.approx(0.25)
     assert found["part of L2 that a second pass finds, forward"]["measured"] is None
 
@@ -97,7 +100,8 @@ def test_all_is_measured_and_written(
     count = Counter(row["what"] for row in content["rows"] if "barriers" not in row["what"])
     passes = dict.fromkeys(("one pass", "read", "read, then pass", "read, then pass in reverse"), 2)
     assert count == {"copy": 2, "copy in L2": 1, "launch": 1} | ({} if quick else passes)
-    assert content["rows"][-1]["what"].startswith(f"{bandwidth.ROUNDS} barriers of ")
+    barriers = [row["what"].split(" barriers of ") for row in content["rows"] if "barriers" in row["what"]]
+    assert [rounds for rounds, _ in barriers] == ["0", str(bandwidth.ROUNDS)] * (1 if device.type == "cpu" else 2)
     assert all(0 < row["us_low"] <= row["us"] <= row["us_high"] for row in content["rows"])
     here = measure.stamp(measure.machine(device))
     assert all(row.items() >= here.items() for row in content["rows"])

@@ -119,14 +119,14 @@ def test_two_rounds_and_no_plan_twice(problem: Problem) -> None:
     second = [plan for plan in measure.asked if plan not in candidates]
     by_time = [*dict.fromkeys(sorted(candidates, key=lambda plan: model.seconds(plan, problem, H200)))]
     each = {model.best(problem, H200, path) for path in {plan.path for plan in candidates}}
-    assert each | set(by_time[: tuning.MOST]) <= set(first)
-    assert set(first) <= each | set(by_time[: tuning.MOST]) | set(model.neighbours(winner, problem, H200))
+    assert each | set(by_time[: model.FIRST]) <= set(first)
+    assert set(first) <= each | set(by_time[: model.FIRST]) | set(model.neighbours(winner, problem, H200))
     assert set(second) == set(model.neighbours(winner, problem, H200)) - set(candidates)
     assert found.after == winner
 
 
 def test_each_path_has_its_turn_whatever_the_model_thinks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "MOST", 0)
+    monkeypatch.setattr(model, "FIRST", 0)
     found = tune_problem(LAYER, H200, Times(lambda plan: 10.0 if plan.path == "single" else 20.0))
     assert found is not None
     assert found.after == model.best(LAYER, H200, "single")

@@ -40,6 +40,7 @@ DOUBT = 1.1
 # Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
 # measured: an A100 has 163 KiB, and reductions need some as well.
 LARGEST_STAGES = 144 << 10
+FIRST = 8  # plans of the first round of tuning, beside the best of each path
 # What `neighbours` change beside the tile; a cooperative program has one tile, so that its splits follow.
 TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "stream": ("splits", "slots")}
 
@@ -63,6 +64,12 @@ def plans_for(problem: Problem, device: Device, splits: int | None = None) -> It
             yield build(problem, choice)
         except ValueError:
             continue
+
+
+def first_round(problem: Problem, device: Device) -> list[Plan]:
+    """What tuning begins with: the best plan of each path, then the best of all."""
+    by_time = sorted(plans_for(problem, device), key=lambda plan: seconds(plan, problem, device))
+    return [*{plan.path: plan for plan in reversed(by_time)}.values(), *[*dict.fromkeys(by_time)][:FIRST]]
 
 
 def _choices(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:

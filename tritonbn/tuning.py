@@ -26,8 +26,6 @@ from tritonbn.tables import Entry
 
 # A challenger must be faster by so much than what there is: less is noise.
 MARGIN = 1.03
-# Of the first round, beside the best of each path, those that the model expects most of.
-MOST = 8
 SAMPLES = 10
 LEAST_SECONDS = 2e-6  # of any kernel
 
@@ -187,9 +185,7 @@ def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | 
             if plan not in times:
                 times[plan] = measure(plan) or inf
 
-    by_time = sorted(model.plans_for(problem, device), key=lambda plan: model.seconds(plan, problem, device))
-    compare({plan.path: plan for plan in reversed(by_time)}.values())
-    compare([*dict.fromkeys(by_time)][:MOST])
+    compare(model.first_round(problem, device))
     compare(model.neighbours(min(times, key=times.__getitem__), problem, device))
     after = min(times, key=times.__getitem__)
     after = before if before_us < MARGIN * times[after] else after
@@ -211,9 +207,9 @@ def _timer(device: torch.device) -> Callable[[Problem, Layer], Measure]:
                 call(plan, 0)  # compiles
             except TritonError:  # too much shared memory, say
                 return None
+            # Of launches that are Triton's own, as in the interpreter, spills are not known; of a plan whose programs
+            # wait for each other neither, if they do not fit the GPU at a time: others ran.
             spills = handles.spills(plan)
-            # Of launches that are Triton's own, as in the interpreter, spills are not known. But a plan whose programs
-            # wait for each other has not run where it is not known: they do not fit the GPU at a time, others ran.
             if spills or (spills is None and plan.cooperative):
                 return None
             return timing.measure(lambda slot: call(plan, slot), slots, device, least, SAMPLES).us
@@ -238,7 +234,7 @@ def _call(problem: Problem, layer: Layer, slots: int, device: torch.device) -> C
         return launch.forward(xs[slot], None, weight, bias, mean, var, 0.1, 1e-5, plan=plan)
 
     def backward(plan: Plan, slot: int) -> object:
-        saved = launch.Saved(xs[slot], weight, bias, None, None, mean, var)
+        saved = launch.Saved(xs[slot], weight, bias if problem.costly else None, None, None, mean, var)
         wanted = (True, True, True, False)
         return launch.backward(dys[slot], saved, True, activation, kind, wanted, plan=plan)
 

@@ -1,4 +1,4 @@
-"""The benchmark of whole networks as Markdown: targets, every setting, the BN tax."""
+"""The benchmark of whole networks as Markdown: every setting, the BN tax."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""The operator benchmark as Markdown: summaries, the rows we lose, every row, eager calls, targets."""
+"""The operator benchmark as Markdown: summaries, the rows we lose, every row, eager calls."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -50,9 +50,7 @@ def described(facts: dict[str, Any]) -> tuple[str, str, str]:
     """(device, versions, commit)"""
     threads = mnist_tables.counted(facts["threads"], "thread") if "threads" in facts else None
     device = None if facts["device"] == "CPU" else facts["device"]
-    versions = (
-        f"{name} {facts[name]}" for name in ("python", "torch", "triton", "cuda", "cudnn", "driver") if facts.get(name)
-    )
+    versions = (f"{name} {facts[name]}" for name in VERSIONS if facts.get(name))
     place = (part for part in (device, facts.get("cpu"), threads) if part)
     return ", ".join(place), ", ".join(versions), short(facts["commit"])
 

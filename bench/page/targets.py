@@ -31,9 +31,9 @@ all floors over all times, those of speed-ups geometric. Times are medians, with
 
 def section(folders: Sequence[Folder]) -> str:
     """The lines and what each GPU measured; "not measured" where there is no figure."""
-    found = {gpu: lines_to_cross(folder) for folder in folders if (gpu := gpu_of(folder))}
-    answers = [*found.values()] or [lines_to_cross(None)]
-    names = [f"{gpu}: " for gpu in found] or [""]
+    found = [(gpu, lines_to_cross(folder)) for folder in folders if (gpu := gpu_of(folder))]
+    answers = [lines for _, lines in found] or [lines_to_cross(None)]
+    names = [f"{gpu}: " for gpu, _ in found] or [""]
     head = [*HEAD[:2], *(name + what for name in names for what in HEAD[2:])]
     same = zip(*answers, strict=True)
     rows = [(*line(each[0]), *(cell for answer in each for cell in measured(answer))) for each in same]
@@ -51,8 +51,9 @@ def gpu_of(folder: Folder) -> str | None:
 
 
 def lines_to_cross(folder: Folder | None) -> list[Target]:
-    """All of them; of figures of a CPU none is measured."""
-    files = {} if folder is None else {name: folder.files[name] for name in FILES if folder.gpu(name)}
+    """All of them, of one GPU; of figures of a CPU none is measured."""
+    gpu = folder and gpu_of(folder)
+    files = {name: folder.files[name] for name in FILES if folder.gpu(name) == gpu} if folder and gpu else {}
     ops = files.get("ops", {"rows": [], "wall": []})
     steps = []
     for name, setting, step, how, least in STEPS:
@@ -83,4 +84,4 @@ def line(target: Target) -> tuple[str, str]:
 def measured(target: Target) -> tuple[str, str]:
     if target.value is None:
         return "not measured", "-"
-    return f"{target.value:.4g}", "yes" if target.reached else "**no**"
+    return f"{target.value:.4g}", {True: "yes", False: "**no**", None: "incomplete"}[target.reached]
