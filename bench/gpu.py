@@ -6,6 +6,7 @@ The limits together are below ten minutes. Everything is written as it goes into
 import argparse
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,20 +23,21 @@ from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.measure import machine, stamp
 from bench.page.folders import RESULTS, content, folder
-from bench.page.targets import HEAD, crossed
+from bench.page.targets import FILES, HEAD, crossed
 from bench.pretend import NAME
-from bench.scale import DRY, FULL, QUICK, Scale
+from bench.scale import DRY, FIRST, FULL, QUICK, Scale
 
 ROOT = Path(__file__).parent.parent
 GRACE = 5  # seconds to finish what was interrupted: pytest names the failures so far
-# Of a limit, what a command with --budget has to start, and to finish what it is at when the budget is spent.
-START, FINISH = 10, 0.15
+# What a command with --budget has of its limit to start, and to finish what it is at when the budget is spent.
+START, FINISH = 8, 0.12
+LEAST = 20  # seconds of a step: imports alone take a few, and what is not needed is for the steps that follow
 # Files of tests that run on the CPU, or spend most of their time there; all others come first.
 HOST_TESTS = (
     "architecture", "bench", "fold", "fusion", "launch", "mnist", "model", "networks", "plan", "swap", "tiles", "timm",
     "traffic",
 )  # fmt: skip
-FIRST_TESTS = ("semantics", "torch_suite", "determinism")
+AFTER_TUNING = ("ops-tuned", "models", "models-mnist", "mnist")
 NO_TESTS = ("codegen",)  # of the compiler on any machine
 
 
@@ -62,48 +64,64 @@ def run(args: argparse.Namespace) -> int:
         raise BenchError(text)
     scale = DRY if args.dry_run else QUICK if args.quick else FULL
     todo = names(args.steps, scale)
-    name = NAME if args.dry_run else torch.cuda.get_device_name()
-    default = Path("out/gpu") if args.dry_run else RESULTS / name.replace(" ", "-")
+    gpu = NAME if args.dry_run else torch.cuda.get_device_name()
+    default = Path("out/gpu") if args.dry_run else RESULTS / gpu.replace(" ", "-")
     out = writable_folder(args.out or default)
-    done = earlier(out / "steps.json")
-    facts = stamp(machine(torch.device("cpu")) | {"device": name})
-    limits, begun = {}, time.monotonic()
+    facts = stamp(machine(torch.device("cpu")) | {"device": gpu})
+    done = earlier(out / "steps.json", gpu)
+    limits, end = {}, time.monotonic() + scale.total
     with terminable():
         for index, name in enumerate(todo):
-            limits[name] = limit(scale, todo[index:], begun + scale.total - time.monotonic())
+            limits[name] = limit(scale, todo[index:], end - time.monotonic())
             step = Step(name, command(name, limits[name], out.resolve(), args, scale), limits[name])
-            # The user's table is left out of it: plans are the model's until this run has tuned them.
-            plans = out.resolve() / ("plans" if name == "ops-tuned" else "no-plans")
-            # Results that were committed before are written anew: from then on the checkout would seem to be another.
-            variables = {"TRITONBN_CACHE_DIR": str(plans), "TRITONBN_COMMIT": facts["commit"] or ""}
-            result, seconds, last = execute(step, out / f"{name}.log", variables)
+            if name == "tune":
+                shutil.rmtree(out / "plans", ignore_errors=True)  # of another commit, maybe
+            if name == "ops-tuned" and not any((out / "plans").glob("*.json")):
+                result, seconds, last = "not run", 0.0, "no plans were tuned"
+            else:
+                result, seconds, last = execute(step, out / f"{name}.log", variables(name, out.resolve(), args, facts))
             # Results are committed: no folder of this machine in them.
             last = last.replace(f"{out.resolve()}/", "").replace(f"{ROOT}/", "")
             done[name] = {"result": result, "seconds": seconds, "last_line": last} | facts
             write_json(out / "steps.json", {"steps": [{"name": key} | row for key, row in done.items()]})
-    summarize(out, [(name, done[name], limits[name]) for name in todo])
+    summarize(out, facts["commit"], [(name, done[name], limits[name]) for name in todo])
     return 0 if all(done[name]["result"] == "ok" for name in todo) else 1
+
+
+def variables(name: str, out: Path, args: argparse.Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Of a step's environment."""
+    # Plans are the model's until this run has tuned them; the user's table counts in neither case.
+    found = {"TRITONBN_CACHE_DIR": str(out / ("plans" if name in AFTER_TUNING else "no-plans"))}
+    # Results that were committed before are written anew: from then on the checkout would seem to be another one.
+    found["TRITONBN_COMMIT"] = facts["commit"] or ""
+    if args.dry_run:
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    return found
 
 
 def limit(scale: Scale, todo: Sequence[str], left: float) -> int:
     """Seconds of the next step: its share of what is left. What one does not need is for those that follow."""
-    return max(1, int(left * scale.shares[todo[0]] / sum(scale.shares[name] for name in todo)))
+    share = left * scale.shares[todo[0]] / sum(scale.shares[name] for name in todo)
+    return max(1, int(min(left, max(LEAST, share))))
 
 
-def summarize(out: Path, ran: Sequence[tuple[str, dict[str, Any], int]]) -> None:
+def summarize(out: Path, commit: str | None, ran: Sequence[tuple[str, dict[str, Any], int]]) -> None:
     """What became of the steps, and which lines were crossed by all that is in the folder."""
     lines = [["step", "result", "seconds", "limit", "last line"]]
-    for name, row, limit in ran:
-        lines.append([name, row["result"], f"{row['seconds']:.0f}", str(limit), row["last_line"]])
+    for name, row, most in ran:
+        lines.append([name, row["result"], f"{row['seconds']:.0f}", str(most), row["last_line"]])
     console.print()
     print_columns(lines)
     try:
-        found = crossed(folder(out, ""))
+        found = folder(out, "")
     except BenchError as error:
         console.print(f"\nNo targets: {error}", soft_wrap=True)
         return
     console.print()
-    print_columns([HEAD, *found])
+    for name in FILES:
+        if name in found.files and (other := found.files[name]["machine"]["commit"]) != commit:
+            console.print(f"{name}.json is of an earlier run, commit {other}", soft_wrap=True)
+    print_columns([HEAD, *crossed(found)])
 
 
 def names(chosen: str | None, scale: Scale) -> list[str]:
@@ -115,18 +133,22 @@ def names(chosen: str | None, scale: Scale) -> list[str]:
     return [name for name in scale.shares if name in asked]
 
 
-def earlier(path: Path) -> dict[str, dict[str, Any]]:
-    """By name, the steps that earlier runs into the same folder wrote."""
+def earlier(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
+    """By name, the steps that earlier runs into the same folder wrote; BenchError if they are of another GPU."""
     if not path.exists():
         return {}
-    return {row["name"]: {key: row[key] for key in row if key != "name"} for row in content(path)["steps"]}
+    steps = content(path)["steps"]
+    for step in steps:
+        if step.get("gpu", gpu) != gpu:
+            raise BenchError(f"{path}: expected results of {gpu}, got those of {step['gpu']}; choose another OUT")
+    return {row["name"]: {key: row[key] for key in row if key != "name"} for row in steps}
 
 
 def command(name: str, seconds: int, out: Path, args: argparse.Namespace, scale: Scale) -> list[str]:
     """The command of a step; one with a budget has time left to start and to finish."""
     bench = ["-m", "bench.pretend" if args.dry_run else "bench"]
     quick = ["--quick"] if args.quick else []
-    budget = ["--budget", str(max(1, int(seconds * (1 - FINISH)) - START))]
+    budget = ["--budget", str(max(1, int((seconds - GRACE) * (1 - FINISH)) - START))]
     networks = [*bench, "models", "--device", "cuda", "--training"]
     match name:
         case "environment" | "bandwidth":
@@ -167,7 +189,7 @@ def files_of(name: str, few: Sequence[str] | None) -> list[str]:
     tests = {stem: path for stem, path in sorted(files.items()) if not stem.startswith(NO_TESTS)}
     if few is not None:
         return [path for stem, path in tests.items() if stem.startswith(tuple(few))]
-    first = [stem for stem in tests if stem.startswith(FIRST_TESTS)]
+    first = [stem for stem in tests if stem.startswith(FIRST)]
     device = first + [stem for stem in tests if stem not in first and not stem.startswith(HOST_TESTS)]
     return [tests[stem] for stem in (device if name == "tests" else [stem for stem in tests if stem not in device])]
 

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -64,13 +64,17 @@ def run(args: argparse.Namespace) -> int:
             if not console.is_terminal:
                 console.print(f"{done}/{total} {text}", soft_wrap=True)
 
-        found = tuning.tune_layers(chosen, device, again=args.again, folder=folder, budget=budget, progress=show)
+        found = tuning.tune_layers(
+            chosen,
+            device,
+            again=args.again,
+            folder=folder,
+            budget=budget,
+            progress=show,
+            keep=kept(args.results, device),
+        )
     for result in found:
         console.print(str(result), soft_wrap=True)
-    if args.results:
-        facts = machine(device)
-        rows = [row | stamp(facts) for result in found for row in rows_of(result, planning.device_of(device))]
-        write_json(args.results / "tune.json", {"machine": facts, "rows": rows})
     faster = sum(result.after != result.before for result in found)
     console.print(f"{len(found)} problems measured, {faster} plans replaced", soft_wrap=True)
     file = tables.path(folder, planning.device_of(device))
@@ -79,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
     elif args.budget is None:
         console.print("Nothing was left to measure: --again measures what the tables know", soft_wrap=True)
     return 0
+
+
+def kept(results: Path | None, device: torch.device) -> Callable[[tuning.Tuned], None] | None:
+    """Writes tune.json anew with each result."""
+    if results is None:
+        return None
+    facts, rows = machine(device), list[dict[str, Any]]()
+
+    def keep(result: tuning.Tuned) -> None:
+        rows.extend(row | stamp(facts) for row in rows_of(result, planning.device_of(device)))
+        write_json(results / "tune.json", {"machine": facts, "rows": rows})
+
+    return keep
 
 
 def rows_of(result: tuning.Tuned, device: Device) -> Iterator[dict[str, Any]]:

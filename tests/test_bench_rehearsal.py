@@ -118,7 +118,7 @@ def all_arms_learn(rows: list[dict[str, Any]], mode: str) -> None:
 
 
 def page_has_all_sections(page: str) -> None:
-    for title in ("Targets", "What ran", "What bounds every plan", "Paths", "Operators", "Tuned plans",
+    for title in ("Targets", "What ran", "What bounds every plan", "Paths", "Operators",
                   "Whole networks", "The network of the MNIST experiment", "The paper's MNIST experiment",
                   "Eager calls", "Machines, versions, commits"):  # fmt: skip
         assert f"# {title}" in page

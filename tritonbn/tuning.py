@@ -107,12 +107,13 @@ def tune_layers(
     folder: Path | None,
     budget: float | None,
     progress: Progress | None,
+    keep: Callable[[Tuned], None] | None = None,
 ) -> list[Tuned]:
-    """`tune` for layers, with the folder that the table is in, or None."""
+    """`tune` for layers, with the folder that the table is in, or None; keep: called with each result at once."""
     where = _gpu(device)
     gpu = planning.device_of(where)
     with torch.cuda.device(where), timing.measuring(where):
-        return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress)
+        return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress, keep)
 
 
 def _gpu(device: torch.device | str | None) -> torch.device:
@@ -146,6 +147,7 @@ def tune_problems(
     folder: Path | None,
     budget: float | None,
     progress: Progress | None,
+    keep: Callable[[Tuned], None] | None = None,
 ) -> list[Tuned]:
     """Tune each of them; what was found is kept at once, so that an interruption loses one problem."""
     begun, results, done = time.monotonic(), [], 0
@@ -163,6 +165,8 @@ def tune_problems(
         if result is None:
             continue
         results.append(result)
+        if keep is not None:
+            keep(result)
         entries = {tables.key(problem): Entry(result.after.choice, result.after_us, result.before_us)}
         tables.remember(device, entries)
         if folder is not None and tables.save(device, entries, folder) is None:

@@ -32,7 +32,8 @@ from bench.models.rows import Row, failed
 from bench.models.settings import Setting, add_choices, fill_in, settings
 from bench.models.steps import LEARNING_RATE, MOMENTUM
 from bench.timing import copy_bandwidth
-from tritonbn import launch
+from tritonbn import launch, planning
+from tritonbn.tables import SHIPPED, path, user_folder
 from tritonbn.timing import SAMPLES, measuring
 
 STEPS, FEW_STEPS = 60, 10
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choices(parser)
     add("--steps", type=positive, metavar="N", help="timed, of each provider (default: 60; CPU: 10)")
     add("--tax", action="store_true", help="the BN tax: training at batch 16, 32, 64, 128, 256, 512")
-    add("--budget", type=float, metavar="SECONDS", help="begin no other setting after so long")
+    add("--budget", type=float, metavar="SECONDS", help="begin no setting that would end after so long, by the others")
     add("--ddp", action="store_true", help=f"processes that train together: {crews.COMMAND}")
     add("--data", type=Path, metavar="DIR", help="also with real images: folders train/CLASS/ and val/CLASS/")
     add("--workers", type=int, default=4, metavar="N", help="processes that read images (default: %(default)s)")
@@ -96,15 +97,17 @@ def measure(
         results = Results(facts, described(args, steps, crew, device, images), out, crew)
         introduce(results, device)
         bench = Bench(device, steps, crew, images, tick)
-        deadline = time.monotonic() + (math.inf if args.budget is None else args.budget)
+        deadline, longest = time.monotonic() + (math.inf if args.budget is None else args.budget), 0.0
         for setting in chosen:
-            if crew.any(time.monotonic() >= deadline):
+            begun = time.monotonic()
+            if crew.any(begun + longest >= deadline):
                 results.left_out.append(str(setting))
                 continue
             advance(str(setting))
             comparison = Comparison(setting, args.provider, bench)
             comparison.measure()
             results.add(list(comparison.rows.values()), comparison.with_data)
+            longest = max(longest, time.monotonic() - begun)
     results.finish(draw=args.tax or len(args.batch) > 1)
     return 1 if failed(results.rows) else 0
 
@@ -179,8 +182,15 @@ def described(
         "optimizer": f"SGD, learning rate {LEARNING_RATE}, momentum {MOMENTUM}, foreach",
         "precision": {dtype: precision(dtype, device) for dtype in args.dtype},
         "processes": crew.size,
+        "plans": "measured on this GPU, as far as they were tuned" if tuned(device) else "of the model",
         "kernels_compared": device.type == "cuda" or launch.INTERPRETED,
     }
+
+
+def tuned(device: torch.device) -> bool:
+    """Whether there is a table of measured plans for it."""
+    gpu = planning.device_of(device)
+    return any(folder is not None and path(folder, gpu).exists() for folder in (user_folder(), SHIPPED))
 
 
 def command(args: argparse.Namespace) -> str:

@@ -39,6 +39,7 @@ def networks(folder: Folder, name: str = "models") -> str:
         "and its x the noise. off fp32: how far the losses of the first steps, or the outputs, are from those in fp32, "
         "of the largest. Shares are of the time of all "
         f"{'GPU kernels' if gpu else 'CPU operators'}.",
+        f"Plans: {chosen['plans']}." if gpu and "plans" in chosen else "",
         *(f"![{text}]({folder.prefix}{name.removesuffix('models')}{picture})" for picture, text in drawn.items()),
         *(setting(rows) for rows in settings[:OPEN]),
         details("More settings", joined(*(setting(rows) for rows in settings[OPEN:]))),
