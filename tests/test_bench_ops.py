@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,42 @@ def test_the_file_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixt
     for expected in ("without attorch", "custom 4x6x3x2 nchw bf16 bn  tritonbn: forward", "rows lost to the best peer",
                      "line to cross", "not measured", str(tmp_path / "ops.json")):  # fmt: skip
         assert expected in printed
+
+
+@pytest.mark.parametrize("budget", ["100", "40"])
+def test_eager_calls_beside_compiled_ones_come_last(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take the place of those without; each measurement takes 10 s here."""
+    now, called = [0.0], list[str]()
+
+    def wall_rows(problem: Problem, providers: list[str], bench: rows.Bench) -> list[Any]:
+        now[0] += 10
+        called.append("+".join(providers))
+        return [rows.blank(problem, "forward", name, bench) | {"us": now[0]} for name in providers]
+
+    def rows_of(problem: Problem, providers: list[Any], directions: Any, bench: rows.Bench) -> list[Any]:
+        now[0] += 10
+        called.append("rows")
+        return []
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(wall, "wall_rows", wall_rows)
+    monkeypatch.setattr(ops, "rows_of", rows_of)
+    monkeypatch.setattr(ops_tables, "print_summary", lambda *_: None)
+    providers = "--provider", "eager", "--provider", "compile"
+    _, found = run(tmp_path, "--set", "mnist", "--dtype", "bf16", "--epilogue", "bn", *providers, "--budget", budget)
+    first = ["eager", "eager", "rows", "rows"]
+    beside = ["eager+compile", "eager+compile"]
+    left = ["mnist fp32 bn (eager calls beside compile)", "mnist fp32 bn+sigmoid (eager calls beside compile)"]
+    assert called == (first + beside if budget == "100" else first)
+    assert found["left_out"] == ([] if budget == "100" else left)
+    times = [(row["epilogue"], row["provider"], row["us"]) for row in found["wall"]]
+    assert times == (
+        [("bn", "eager", 50), ("bn", "compile", 50), ("bn+sigmoid", "eager", 60), ("bn+sigmoid", "compile", 60)]
+        if budget == "100"
+        else [("bn", "eager", 10), ("bn+sigmoid", "eager", 20)]
+    )
 
 
 @with_kernels
