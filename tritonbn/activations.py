@@ -42,7 +42,8 @@ class Activation(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """The activation of x by torch's own function, any shape and floating dtype; differentiable."""
-        return _TORCHS[self.name](x, *self.parameters)
+        # Not `parameters`: before torch 2.9 compilers know no properties of tuples.
+        return _TORCHS[self.name](x, *(self.a, self.b)[: len(_PARAMETERS.get(self.name, {}))])
 
 
 IDENTITY = Activation("identity")
@@ -129,7 +130,7 @@ def resolve(activation: ActivationLike | None) -> Activation:
 def of_module(module: nn.Module) -> Activation | None:
     """The Activation that a torch module computes, at present; None if it is none that can be fused."""
     name = _MODULES.get(type(module))
-    if name is None or "forward" in vars(module):
+    if name is None or "forward" in module.__dict__:
         return None
     if name == "gelu":
         return _make(name, {"approximate": module.approximate})

@@ -132,7 +132,7 @@ def children(sequence: nn.Module) -> list[Any]:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether someone else replaced the forward of this one instance."""
-    own = vars(module).get("forward")
+    own = module.__dict__.get("forward")
     return own is not None and not isinstance(own, OwnForward)
 
 

@@ -26,14 +26,12 @@ from tritonbn.tracing import TENSOR, trace
 MAX_VARIANTS = 16
 _REPLICATE = "_replicate_for_data_parallel"
 # torch.compile marks the module that it is given.
-_INTERNAL = frozenset(("forward", _REPLICATE, "_is_torch_compile", *vars(nn.Module()))) - {"training"}
+_INTERNAL = tuple({"forward", _REPLICATE, "_is_torch_compile", *vars(nn.Module())} - {"training"})
 # Before torch 2.13 compiled code can ask a module for an attribute by its name, and not what attributes there are.
 _ASK_NAMES = TorchVersion(torch.__version__) < "2.13"
 # Values that a trace may hold as constants, and that are compared by value.
-_CONSTANTS = frozenset(
-    (bool, int, float, complex, str, bytes, type(None), type, type(...), FunctionType, BuiltinFunctionType)
-    + (torch.dtype, torch.device, torch.memory_format, torch.layout)
-)
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type, type(...), FunctionType, BuiltinFunctionType)
+_CONSTANTS += (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
 
 def _state(module: nn.Module, names: Iterable[str] | None = None) -> Any:
     """What a trace depends on besides the arguments: code, attributes (these), kinds of children, grad mode."""
-    held = vars(module)
+    held = module.__dict__  # here and there, where compilers look: before torch 2.9 they do not know vars()
     own = tuple([(name, _frozen(held[name])) for name in (names or held) if name not in _INTERNAL])
     return type(module).forward, own, _structure(module), torch.is_grad_enabled()
 
