@@ -30,8 +30,10 @@ _INTERNAL = tuple({"forward", _REPLICATE, "_is_torch_compile", *vars(nn.Module()
 # Before torch 2.13 compiled code can ask a module for an attribute by its name, and not what attributes there are.
 _ASK_NAMES = TorchVersion(torch.__version__) < "2.13"
 # Values that a trace may hold as constants, and that are compared by value.
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type, type(...), FunctionType, BuiltinFunctionType)
-_CONSTANTS += (torch.dtype, torch.device, torch.memory_format, torch.layout)
+_CONSTANTS: tuple[type, ...] = (
+    bool, int, float, complex, str, bytes, type(None), type, type(...), FunctionType, BuiltinFunctionType, torch.dtype,
+    torch.device, torch.memory_format, torch.layout,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
