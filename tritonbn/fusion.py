@@ -26,14 +26,14 @@ from tritonbn.tracing import TENSOR, trace
 MAX_VARIANTS = 16
 _REPLICATE = "_replicate_for_data_parallel"
 # torch.compile marks the module that it is given.
-_INTERNAL = tuple({"forward", _REPLICATE, "_is_torch_compile", *vars(nn.Module())} - {"training"})
+_INTERNAL = dict.fromkeys({"forward", _REPLICATE, "_is_torch_compile", *vars(nn.Module())} - {"training"})
 # Before torch 2.13 compiled code can ask a module for an attribute by its name, and not what attributes there are.
 _ASK_NAMES = TorchVersion(torch.__version__) < "2.13"
 # Values that a trace may hold as constants, and that are compared by value.
-_CONSTANTS: tuple[type, ...] = (
+_CONSTANTS = dict.fromkeys((
     bool, int, float, complex, str, bytes, type(None), type, type(...), FunctionType, BuiltinFunctionType, torch.dtype,
     torch.device, torch.memory_format, torch.layout,
-)  # fmt: skip
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
