@@ -23,9 +23,10 @@ from bench.errors import BenchError
 from bench.files import writable_folder, write_json
 from bench.measure import machine, stamp
 from bench.page.folders import RESULTS, content, folder
-from bench.page.targets import FILES, HEAD, crossed
+from bench.page.targets import FILES, lines_to_cross
 from bench.pretend import NAME
 from bench.scale import DRY, FIRST, FULL, QUICK, Scale
+from bench.summary import HEAD
 
 ROOT = Path(__file__).parent.parent
 GRACE = 5  # seconds to finish what was interrupted: pytest names the failures so far
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.dry_run or torch.cuda.is_available()):
         text = "no GPU: torch.cuda.is_available() is False; `make test` and `make bench` run without one, and --dry-run"
         raise BenchError(text)
-    scale = DRY if args.dry_run else QUICK if args.quick else FULL
+    scale = scale_of(args)
     todo = names(args.steps, scale)
     gpu = NAME if args.dry_run else torch.cuda.get_device_name()
     default = Path("out/gpu") if args.dry_run else RESULTS / gpu.replace(" ", "-")
@@ -86,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
             write_json(out / "steps.json", {"steps": [{"name": key} | row for key, row in done.items()]})
     summarize(out, facts["commit"], [(name, done[name], limits[name]) for name in todo])
     return 0 if all(done[name]["result"] == "ok" for name in todo) else 1
+
+
+def scale_of(args: argparse.Namespace) -> Scale:
+    return DRY if args.dry_run else QUICK if args.quick else FULL
 
 
 def variables(name: str, out: Path, args: argparse.Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
@@ -121,7 +126,7 @@ def summarize(out: Path, commit: str | None, ran: Sequence[tuple[str, dict[str, 
     for name in FILES:
         if name in found.files and (other := found.files[name]["machine"]["commit"]) != commit:
             console.print(f"{name}.json is of an earlier run, commit {other}", soft_wrap=True)
-    print_columns([HEAD, *crossed(found)])
+    print_columns([HEAD, *(target.cells for target in lines_to_cross(found))])
 
 
 def names(chosen: str | None, scale: Scale) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from bench.console import console, print_columns
 from bench.summary import (
+    HEAD,
     OURS,
     Against,
     Row,
@@ -18,7 +19,6 @@ from bench.summary import (
 )
 
 COMPARED: tuple[Against, ...] = ("eager", "compile")
-REACHED = {True: "yes", False: "NO", None: "not measured"}
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -60,11 +60,8 @@ def print_summary(rows: Sequence[Row], wall: Sequence[Row]) -> None:
     print_lost(rows)
     if wall:
         print_wall(wall)
-    lines = [["line to cross, set for an H200", "line", "measured", "reached"]]
-    for found in targets(rows, wall):
-        lines.append([found.text, f"{found.line:g}", number(found.value, ".2f"), REACHED[found.reached]])
     console.print()
-    print_columns(lines)
+    print_columns([HEAD, *(found.cells for found in targets(rows, wall))])
 
 
 def print_lost(rows: Sequence[Row]) -> None:

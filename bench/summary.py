@@ -55,6 +55,17 @@ class Target(NamedTuple):
     reached: bool | None
     at_most: bool = False  # the line; else it is the least
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Those of `HEAD`."""
+        line = f"at {'most' if self.at_most else 'least'} {self.line:g}"
+        if self.value is None:
+            return self.text, line, "not measured", "-"
+        return self.text, line, f"{self.value:.4g}", {True: "yes", False: "no", None: "incomplete"}[self.reached]
+
+
+HEAD = ("line to cross, set for an H200", "line", "measured", "reached")
+
 
 def problem(row: Row) -> tuple[object, ...]:
     """What the rows of all providers have in common."""

@@ -24,7 +24,6 @@ from bench.__main__ import SUBJECTS, main, parse
 from bench.measure import commit
 from bench.page import targets
 from bench.page.folders import RESULTS
-from bench.scale import Scale
 from tests import results
 
 ROOT = Path(gpu.__file__).parent.parent
@@ -41,15 +40,11 @@ def options(*words: str) -> argparse.Namespace:
     return parse(["gpu", *words])
 
 
-def scale_of(args: argparse.Namespace) -> Scale:
-    return scale.DRY if args.dry_run else scale.QUICK if args.quick else scale.FULL
-
-
 def commands(*words: str, seconds: int = 100) -> dict[str, list[str]]:
     """Of `python -m bench gpu` with these options, by step."""
     args = options(*words)
-    chosen = gpu.names(args.steps, scale_of(args))
-    return {name: gpu.command(name, seconds, Path("out"), args, scale_of(args)) for name in chosen}
+    chosen = gpu.names(args.steps, gpu.scale_of(args))
+    return {name: gpu.command(name, seconds, Path("out"), args, gpu.scale_of(args)) for name in chosen}
 
 
 def replace_steps(monkeypatch: pytest.MonkeyPatch, **scripts: tuple[str, int]) -> None:
@@ -238,7 +233,7 @@ QUICK = "environment bandwidth tests ops models mnist report"
 def limits(*words: str) -> dict[str, int]:
     """Of a run whose every step needs all of its time."""
     args = options(*words)
-    of = scale_of(args)
+    of = gpu.scale_of(args)
     todo, left, found = gpu.names(args.steps, of), float(of.total), {}
     for index, name in enumerate(todo):
         found[name] = gpu.limit(of, todo[index:], left)
@@ -269,7 +264,7 @@ def test_every_step_has_time_to_start_and_to_finish(words: tuple[str, ...]) -> N
     args = options(*words)
     for name, seconds in limits(*words).items():
         assert seconds >= (8 if name == "report" else 18), name
-        words_of_step = gpu.command(name, seconds, Path("out"), args, scale_of(args))
+        words_of_step = gpu.command(name, seconds, Path("out"), args, gpu.scale_of(args))
         if "--budget" in words_of_step:
             budget = int(words_of_step[words_of_step.index("--budget") + 1])
             assert 1 <= budget <= seconds - gpu.GRACE - gpu.START - 0.1 * (seconds - gpu.GRACE), name

@@ -6,7 +6,7 @@ from typing import Any
 from bench.models import tax
 from bench.page.folders import Folder
 from bench.page.markdown import joined, table
-from bench.summary import Target, targets
+from bench.summary import HEAD, Target, targets
 
 FILES = ("ops", "models", "mnist/models")
 OURS = "fused"
@@ -21,7 +21,6 @@ STEPS = (
     ("models", RESNET50 | {"mode": "compile"}, RESNET50_STEP, "torch.compile", 1.0),
     ("mnist/models", MNIST | {"mode": "eager"}, MNIST_STEP, "eager", 1.0),
 )
-HEAD = ("line to cross, set for an H200", "line", "measured", "reached")
 TERMS = """\
 Percent of the floor: the time that the fewest possible bytes take at the bandwidth of a plain copy, measured in the
 same run, over the time measured; 100 is the speed of a copy. Speed-up: a peer's time over ours, both of the same run;
@@ -36,14 +35,14 @@ def section(folders: Sequence[Folder]) -> str:
     names = [f"{gpu}: " for gpu, _ in found] or [""]
     head = [*HEAD[:2], *(name + what for name in names for what in HEAD[2:])]
     same = zip(*answers, strict=True)
-    rows = [(*line(each[0]), *(cell for answer in each for cell in measured(answer))) for each in same]
+    rows = [(*each[0].cells[:2], *(bold(cell) for answer in each for cell in answer.cells[2:])) for each in same]
     none = "" if found else "**No GPU has been measured yet.**"
     return joined("## Targets", none, table(head, rows), TERMS)
 
 
-def crossed(folder: Folder) -> list[list[str]]:
-    """The cells of `HEAD` for one GPU, without Markdown."""
-    return [[*line(target), *(cell.strip("*") for cell in measured(target))] for target in lines_to_cross(folder)]
+def bold(cell: str) -> str:
+    """What was not reached shall be seen."""
+    return "**no**" if cell == "no" else cell
 
 
 def gpu_of(folder: Folder) -> str | None:
@@ -75,13 +74,3 @@ def taxed(lines: Sequence[tax.Line]) -> Target:
     share = tax.share_of_torchs(mine, OURS, "eager", 256)
     text = f"{RESNET50_STEP}: the time that our batch norm adds, over what torch's adds; both eager"
     return Target(text, 0.5, share, None if share is None else share <= 0.5, at_most=True)
-
-
-def line(target: Target) -> tuple[str, str]:
-    return target.text, f"at {'most' if target.at_most else 'least'} {target.line:g}"
-
-
-def measured(target: Target) -> tuple[str, str]:
-    if target.value is None:
-        return "not measured", "-"
-    return f"{target.value:.4g}", {True: "yes", False: "**no**", None: "incomplete"}[target.reached]
