@@ -31,6 +31,11 @@ class Activation(NamedTuple):
         return self.name in ("relu", "relu6", "leaky_relu", "hardsigmoid")
 
     @property
+    def keeps_residual(self) -> bool:
+        """Whether the backward reads the residual again, so that it is saved by reference."""
+        return not self.two_valued and self.name != "identity"
+
+    @property
     def costly(self) -> bool:
         """Whether the derivative takes exponentials."""
         return not self.two_valued and self.name not in ("identity", "hardswish")
@@ -87,7 +92,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Mish: "mish",
     nn.Softplus: "softplus",
 }
-_METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")
+METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     getattr(place, name): name.rstrip("_")
     for place in (torch, F, Tensor, torch.special)
@@ -151,9 +156,17 @@ def of_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     return _make(name, given) if len(args) <= len(names) else None
 
 
+def is_activation(function: Any) -> bool:
+    """Whether `of_call` may find an Activation for it."""
+    try:
+        return function in _FUNCTIONS
+    except TypeError:  # not hashable
+        return False
+
+
 def of_method(method: str) -> Activation | None:
     """The Activation of the tensor method x.method(); None if it is none."""
-    return Activation(method.rstrip("_")) if method in _METHODS else None
+    return Activation(method.rstrip("_")) if method in METHODS else None
 
 
 def _named(text: str) -> Activation | None:

@@ -1,81 +1,103 @@
 """Batch norm folded into the layer before it, for inference."""
 
+import ast
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from functools import cached_property, partial
+from types import FunctionType, MethodType
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import Parameter
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._pytree import tree_leaves
 
 from tritonbn.activations import IDENTITY, Activation, resolve
-from tritonbn.chains import only_user
-from tritonbn.effects import Untraceable
-from tritonbn.epilogue import (
-    OURS,
-    TORCHS,
-    WITH_ACTIVATION,
-    WITH_RESIDUAL,
-    OwnForward,
-    check_module,
-    children,
-    is_bare,
-    is_sequential,
-)
-from tritonbn.fusion import install, is_container, usual_graph
+from tritonbn.fused_forward import opened_forward, opened_or_why
 from tritonbn.modules import leaf_node
+from tritonbn.rewrite import Opened
+from tritonbn.types import OURS, TORCHS, WITH_ACTIVATION, WITH_RESIDUAL, batch_norms, check_module, is_bare, is_sequential, original, unsharded
+from tritonbn.uses import OTHER, Known, Values, Waiting, Walk, callers, fuse
 
 Model = TypeVar("Model", bound=nn.Module)
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
 
-# The number of dimensions of what each returns, the channels being dimension 1. Exactly these types.
-DIMENSIONS: dict[type[nn.Module], int] = {
-    nn.Linear: 2,
-    nn.Conv1d: 3,
-    nn.Conv2d: 4,
-    nn.Conv3d: 5,
-    nn.ConvTranspose1d: 3,
-    nn.ConvTranspose2d: 4,
-    nn.ConvTranspose3d: 5,
+# The number of dimensions of what each returns, the channels being dimension 1, and the norms that take those. Exactly
+# these types.
+DIMENSIONS: dict[type[nn.Module], tuple[int, type[nn.Module]]] = {
+    nn.Linear: (2, nn.BatchNorm1d),
+    nn.Conv1d: (3, nn.BatchNorm1d),
+    nn.Conv2d: (4, nn.BatchNorm2d),
+    nn.Conv3d: (5, nn.BatchNorm3d),
+    nn.ConvTranspose1d: (3, nn.BatchNorm1d),
+    nn.ConvTranspose2d: (4, nn.BatchNorm2d),
+    nn.ConvTranspose3d: (5, nn.BatchNorm3d),
 }
+
+
+_RETURNED = "the output of the layer before it is returned"
+# Methods of nn.Module by which a function reaches modules that it does not name.
+_PARTS = ("modules", "named_modules", "children", "named_children", "get_submodule")
 
 
 class Folded(nn.Module):
     """What remains of a batch norm that was folded into the layer before: its activation, if it had one."""
 
-    def __init__(self, into: str, dimensions: int, activation: Activation = IDENTITY) -> None:
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, into: str, dimensions: int, scale: Tensor, shift: Tensor, activation: Activation = IDENTITY
+    ) -> None:
         super().__init__()
         self.into, self.dimensions, self.activation = into, dimensions, activation
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(input + residual), [N, C, ...] of the number of dimensions that was folded for; else ValueError.
+        """activation(input + residual), [N, C, ...] of the number of dimensions that was folded for.
 
-        The folded layer takes other inputs too, but has its channels in another dimension than batch norm then.
+        BatchNorm1d takes 2 and 3 dimensions, and where the layer got the other number its channels are not in
+        dimension 1: then what was folded, x * scale + shift, is undone in its last dimension (Linear) or its first
+        (unbatched convolution) and applied to dimension 1. Raises what batch norm raised: ValueError for any other
+        number of dimensions, RuntimeError for other sizes.
         """
         if (node := leaf_node(self, input, *(() if residual is None else (residual,)))) is not None:
             return node
-        if input.dim() != self.dimensions:
-            raise ValueError(f"folded for {self.dimensions}D input (got {input.dim()}D input)")
-        return self.activation.apply(input if residual is None else input + residual)
+        y = input if input.dim() == self.dimensions else self._moved(input)
+        return self.activation.apply(y if residual is None else y + residual)
+
+    def _moved(self, y: Tensor) -> Tensor:
+        if self.dimensions > 3 or y.dim() not in (2, 3):
+            expected = "2D or 3D" if self.dimensions <= 3 else f"{self.dimensions}D"
+            raise ValueError(f"expected {expected} input (got {y.dim()}D input)")
+        if y.shape[1] != len(self.scale):
+            raise RuntimeError(f"running_mean should contain {y.shape[1]} elements not {len(self.scale)}")
+        own = (-1,) if self.dimensions == 2 else (-1, 1)
+        wide = (y.to(self.scale.dtype) - self.shift.view(own)) / self.scale.view(own)
+        there = (-1, 1) if y.dim() == 3 else (-1,)
+        return (wide * self.scale.view(there) + self.shift.view(there)).to(y.dtype)
 
     def extra_repr(self) -> str:
         """Where it went."""
         return f"into={self.into}" + ("" if self.activation == IDENTITY else f", activation={self.activation}")
 
 
-def fold(model: Model) -> Model:
+def fold(model: Model, *example: Any) -> Model:
     """A copy of a model in evaluation mode with its batch norms folded into the convolutions and linear layers before.
 
-    Folded are batch norms with running statistics whose input is what one nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or
-    nn.Linear returns when the container's forward is called with tensors only, and neither is used elsewhere, watched
-    by a hook or shares parameters. The layer gets their weights, and a bias if it had none; a small module takes the
-    place of the batch norm, so `state_dict` changes. `report(folded)` says what was not folded and why. A forward that
-    cannot be followed must not call the layers of its children behind their back. What was fused stays fused.
+    Folded are batch norms with running statistics whose input is always what one nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d
+    or nn.Linear returns, where nobody else gets that: by all code of the containers above, whatever their arguments and
+    flags. Not folded is what is watched by a hook, shares parameters, or is held by another attribute, list or closure.
+    The layer gets their weights, computed in float32 (float64) and rounded once, and a bias if it had none; a small
+    module takes the place of the batch norm, so `state_dict` changes. `report(model)` says what will not be folded and
+    why. What was fused stays fused.
 
-    Raises TypeError if `model` is not a torch.nn.Module, ValueError if a batch norm is in training mode.
+    example: arguments that the model and the copy are then called with, to compare every output of a folded batch norm.
+
+    Raises TypeError if `model` is not a torch.nn.Module, ValueError if a batch norm is in training mode, or with the
+    name of the first layer whose output for the example differs by more than rounding.
     """
     check_module(model)
     training = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
@@ -83,95 +105,352 @@ def fold(model: Model) -> Model:
         raise ValueError(f"expected batch norm in evaluation mode, call model.eval() first: {', '.join(training)}")
     folded = copy.deepcopy(model)
     names = {module: name for name, module in folded.named_modules()}
+    changed: dict[str, nn.Module] = {}
     for norm, layer in folds(folded).items():
         if isinstance(layer, nn.Module):
-            _fold_weights(cast(Any, layer), norm)
-            parent, _, child = names[norm].rpartition(".")
-            folded.get_submodule(parent)._modules[child] = _remaining(norm, names[layer], DIMENSIONS[type(layer)])
-    for module in folded.modules():
-        if isinstance(vars(module).get("forward"), OwnForward):
-            install(module)
+            changed[names[norm]] = _fold(folded, norm, layer, names[layer])
+    fuse(folded)
+    if example:
+        _compare(model, folded, changed, example)
     return folded
 
 
 def folds(model: nn.Module) -> dict[_BatchNorm, nn.Module | str]:
     """For each batch norm of a model in evaluation mode the layer that `fold` folds it into, or why into none."""
-    calls: Counter[nn.Module] = Counter()
-    before: dict[nn.Module, nn.Module | None] = {}
-    for container in filter(is_container, model.modules()):
-        for called, layer in _calls(container):
-            calls[called] += 1
-            before[called] = layer
-    for _, module in model.named_modules(remove_duplicate=False):
-        calls[module] += 1
-    parameters = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-
-    def shared(module: nn.Module) -> bool:
-        # Once in the tree and once in a forward.
-        return calls[module] > 2 or any(parameters[id(p)] > 1 for p in module.parameters())
+    ways = _Ways(model)
+    places: dict[nn.Module, Counter[nn.Module]] = {}
+    for parent in model.modules():
+        for child in parent._modules.values():
+            if child is not None:
+                places.setdefault(child, Counter())[parent] += 1
+    parameters = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    held = dict(_held_elsewhere(model))
 
     def decide(norm: _BatchNorm) -> nn.Module | str:
-        layer = before.get(norm)
-        if type(norm) not in OURS and type(norm) not in TORCHS and type(norm) not in WITH_RESIDUAL:
+        kind = unsharded(type(norm))
+        if kind not in OURS and kind not in TORCHS and kind not in WITH_RESIDUAL:
             return "its forward may differ"
         if norm.running_mean is None or norm.running_var is None:
             return "it has no running statistics"
-        if norm not in before:
-            return "no forward that can be followed calls it"
-        if layer is None or not _fits(layer, norm):
+        layer = ways.layer_before(norm)
+        if isinstance(layer, str):
+            return layer
+        if type(layer) not in DIMENSIONS or not isinstance(norm, DIMENSIONS[type(layer)][1]) or not _fits(layer, norm):
             return "its input is not what one convolution or linear layer returns"
-        if shared(norm) or shared(layer):
-            return "it, or the layer before it, is used more than once"
-        return layer if is_bare(norm) and is_bare(layer) else "a hook watches it or the layer before it"
+        for module in (norm, layer):
+            if module in held:
+                return f"{held[module]} holds it, or the layer before it, too"
+            if any(parameters[id(p)] > 1 for p in module.parameters()):
+                return "it, or the layer before it, shares parameters"
+        if places.get(norm) != places.get(layer) and not _nested(norm, layer, places):
+            return "it, or the layer before it, has a second name"
+        if not (is_bare(norm) and is_bare(layer)):
+            return "a hook watches it or the layer before it"
+        if DIMENSIONS[type(layer)][0] <= 3 and not _is_undone(*_affine(norm)):
+            return "its weight is too small to be undone for inputs of another number of dimensions"
+        return layer
 
-    return {norm: decide(norm) for norm in model.modules() if isinstance(norm, _BatchNorm)}
+    return {norm: decide(norm) for norm in batch_norms(model)}
 
 
-def _fits(layer: nn.Module, norm: _BatchNorm) -> bool:
-    if type(layer) not in DIMENSIONS:
-        return False
+def _fits(layer: Any, norm: _BatchNorm) -> bool:
     transposed_groups = isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return bool(channels == norm.num_features) and not transposed_groups
 
 
-def _calls(container: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """Each module that a container calls or reads, with the module that alone made its input and for nobody else."""
-    if is_sequential(container):
-        sequence = children(container)
-        yield from zip(sequence, [None, *sequence], strict=False)
-        return
+def _nested(norm: nn.Module, layer: nn.Module, places: dict[nn.Module, Counter[nn.Module]]) -> bool:
+    """Whether each has one place, be it another one: Sequential(layer, Sequential(norm, ...))."""
+    return all(module in places and places[module].total() == 1 for module in (norm, layer))
+
+
+class _Ways(Walk):
+    """Every way into the layers and batch norms of a model: by all functions of its classes, whatever their arguments.
+
+    What is followed is the code written anew: there, a value is used once, or finished first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.limit = 1_000_000
+        self.inputs: dict[nn.Module, set[nn.Module | None]] = {}  # of norms: the layers that returned them
+        self.escapes: dict[nn.Module, str] = {}  # layers and norms that something else may reach, and how
+        self.entered: set[nn.Module] = set()  # containers whose forward was followed from a caller
+        self.called_otherwise: set[nn.Module] = set()  # containers that somebody gives what is not known
+        self.reached: tuple[nn.Module, str] | None = None  # whose parts a function looks for, and how
+        self.unknown = False  # whether it calls what is not known with one argument
+        containers = list(callers(model.modules()))
+        for module in containers:
+            self.functions_of(module)
+        for module in containers:  # the model first
+            if module not in self.entered or module in self.called_otherwise:
+                self.finished(self.module(module, (OTHER,)), _RETURNED)
+        if self.steps > self.limit:
+            self.escape(model, "its containers' code is too long to be followed")
+
+    def layer_before(self, norm: nn.Module) -> nn.Module | str:
+        """The layer whose output is all that the norm ever gets, and that gives it to nobody else; or why none is."""
+        layers = self.inputs.get(norm)
+        if norm in self.escapes:
+            return self.escapes[norm]
+        if layers is None:
+            return "no forward that can be followed calls it"
+        (layer,) = layers if len(layers) == 1 else (None,)
+        if layer is None:
+            return "its input is not what one convolution or linear layer returns"
+        return self.escapes.get(layer, layer)
+
+    def functions_of(self, module: nn.Module) -> None:
+        """Follow what may call its layers besides its forward; whether that can be followed."""
+        kind = original(unsharded(type(module)))
+        if "forward" in vars(module):
+            self.escape(module, "the forward of its container was replaced")
+        elif kind.forward is not nn.Sequential.forward and isinstance(why := opened_forward(kind), str):
+            self.escape(module, f"the forward of its container {why}")
+        for name, function in _functions(kind):
+            if function is kind.forward:
+                continue
+            bound = not isinstance(inspect.getattr_static(kind, name), staticmethod)
+            opened = opened_or_why(function, bound)
+            if isinstance(opened, str):
+                self.escape(module, f"{kind.__name__}.{name} {opened}")
+                continue
+            self.modules.append(module)
+            self.finished(self.body(opened, [(Known(module),)] if bound else [], {}), _RETURNED)
+            self.modules.pop()
+
+    def module(self, module: nn.Module, x: Values) -> Values:
+        if module in self.modules or "forward" in vars(module) or not (is_sequential(module) or self.is_followed(module)):
+            self.finished(x, _RETURNED)
+            return (OTHER,)
+        self.entered.add(module)
+        return super().module(module, x)
+
+    def body(self, opened: Opened, args: list[Values], kwargs: dict[str, Values]) -> Values:
+        before, self.reached, self.unknown = (self.reached, self.unknown), None, False
+        found = super().body(opened, args, kwargs)
+        if self.reached is not None and self.unknown:
+            self.escape(*self.reached)
+        self.reached, self.unknown = before
+        return found
+
+    def escape(self, module: nn.Module, why: str) -> None:
+        for inner in module.modules():
+            self.escapes.setdefault(inner, why)
+
+    def default(self, value: Any) -> Values:
+        """Whatever a caller might give."""
+        return (OTHER,)
+
+    def attribute(self, owner: Any, name: str) -> Values:
+        """Flags may be changed, and what is read of a layer or norm may be its weight."""
+        if isinstance(owner, Known) and isinstance(owner.value, nn.Module):
+            module = owner.value
+            if type(module) in DIMENSIONS or isinstance(module, _BatchNorm):
+                self.escape(module, f"its .{name} is read, or that of the layer before it")
+            elif name in ("_modules", "__dict__"):
+                self.escape(module, f"the .{name} of its container is read")
+            if name == "training":
+                return (Known(module.training),)
+            found = super().attribute(owner, name)
+            plain = name not in module._modules and not _is_code(found)
+            return (OTHER,) if plain and not _holds_modules(found) else found
+        return super().attribute(owner, name)
+
+    def called(self, function: Any, values: Values, why: str) -> Values:
+        f = function.value if isinstance(function, Known) else None
+        if isinstance(f, nn.Module) and type(f) in DIMENSIONS:
+            self.finished(values, "the output of the layer before it goes to another layer")
+            return (Waiting(f, len(self.modules)),)
+        if isinstance(f, _BatchNorm):
+            layers = {v.norm if isinstance(v, Waiting) and not v.added else None for v in values}
+            self.inputs.setdefault(f, set()).update(layers)
+            if len(values) > 1:
+                self.finished(values, "the output of the layer before it is not always its input")
+            return (OTHER,)
+        if isinstance(f, nn.Module) and f._modules:
+            return self.module(f, values)
+        self.unknown |= f is None
+        return super().called(function, values, why)
+
+    def note(self, waiting: Waiting, activation: Activation | None, why: str, *others: nn.Module) -> None:
+        """A layer's output goes elsewhere than into a batch norm."""
+        self.escape(waiting.norm, "the output of the layer before it goes elsewhere, too")
+
+    def finished(self, values: Values, why: str) -> Values:
+        for value in values:
+            if isinstance(value, Known):
+                self.mentioned(value.value)
+        return super().finished(values, why)
+
+    def mentioned(self, value: Any) -> None:
+        """A module, or a list of some, is given to what is not followed."""
+        if isinstance(value, nn.Module):
+            self.escape(value, "its container, or the layer before it, is given to a function that is not followed")
+        elif isinstance(value, MethodType):
+            self.mentioned(value.__self__)
+        elif type(value) in (list, tuple):
+            for item in value:
+                self.mentioned(item)
+
+    def plainly(self, function: Any, args: list[Values], place: str) -> Values:
+        f = function.value if isinstance(function, Known) else None
+        if isinstance(f, nn.Module):
+            self.called_otherwise.add(f)
+            if not f._modules:
+                self.escape(f, f"it, or the layer before it, is called in a way that is not followed{place}")
+        elif isinstance(f, MethodType) and isinstance(f.__self__, nn.Module) and f.__name__ in _PARTS:
+            self.reached = f.__self__, f"its container calls self.{f.__name__}() and what that gives{place}"
+        return super().plainly(function, args, place)
+
+    def parts(self, node: ast.AST, frame: Any) -> Values:
+        """Functions within functions may call whatever they mention."""
+        if isinstance(node, (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            for inner in ast.walk(node):
+                if isinstance(inner, (ast.Attribute, ast.Name)) and isinstance(inner.ctx, ast.Load):
+                    found = self.value(inner, frame)
+                    if not (isinstance(inner, ast.Name) and inner.id in frame.opened.source.arguments[:1]):
+                        self.finished(found, "")
+            return (OTHER,)
+        return super().parts(node, frame)
+
+
+def _functions(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
+    """The functions of a class and of those it inherits from, but torch's, and those that prepare a module or show it."""
+    for parent in kind.__mro__:
+        if parent.__module__.startswith("torch.") or parent is object:
+            continue
+        for name, value in vars(parent).items():
+            wrapped = getattr(value, "fget", None) or getattr(value, "func", None) if isinstance(value, (property, cached_property)) else value
+            wrapped = wrapped.__func__ if isinstance(wrapped, (staticmethod, classmethod)) else wrapped
+            if isinstance(wrapped, FunctionType) and (name == "__call__" or not name.startswith("__")):
+                yield name, wrapped
+
+
+def _is_code(values: Values) -> bool:
+    return all(isinstance(v, Known) and isinstance(v.value, (FunctionType, MethodType)) for v in values)
+
+
+def _holds_modules(values: Values) -> bool:
+    return any(isinstance(leaf, nn.Module) for v in values if isinstance(v, Known) for leaf in tree_leaves(v.value))
+
+
+def _held_elsewhere(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules that are held by what is no module: lists, dicts, closures and objects that attributes refer to."""
+    seen: set[int] = set()
+
+    def walk(value: Any, place: str, depth: int) -> Iterator[tuple[nn.Module, str]]:
+        if isinstance(value, nn.Module):
+            yield value, place
+            return
+        if id(value) in seen or depth > 6 or isinstance(value, (Tensor, type, str, bytes, int, float, type(None))):
+            return
+        seen.add(id(value))
+        inner: list[Any] = []
+        if isinstance(value, dict):
+            inner = [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inner = list(value)
+        elif isinstance(value, partial):
+            inner = [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, MethodType):
+            inner = [] if isinstance(value.__self__, nn.Module) and value.__self__._modules else [value.__self__]
+        elif isinstance(value, FunctionType):
+            inner = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
+        elif hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch", "builtins")):
+            inner = list(vars(value).values())
+        for item in inner:
+            yield from walk(item, place, depth + 1)
+
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in ("_modules", "_parameters", "_buffers"):
+                yield from walk(value, f"{name or 'the model'}.{attribute}", 0)
+
+
+def _is_full(cell: Any) -> bool:
     try:
-        graph = usual_graph(container)
-    except Untraceable:
-        return
-    modules = dict(container.named_modules())
-    for node in graph.nodes:
-        if node.op == "call_module":
-            source: Any = node.args[0] if node.args else None
-            alone = isinstance(source, fx.Node) and source.op == "call_module" and only_user(source) is node
-            yield modules[node.target], modules[source.target] if alone else None
-        elif node.op == "get_attr":
-            yield modules[node.target.rpartition(".")[0]], None
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
-def _fold_weights(layer: Layer, norm: _BatchNorm) -> None:
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """scale and shift [C] of norm(x) = x * scale + shift, in float32 or float64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    weight = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
-    bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-    statistics = (norm.running_mean, norm.running_var, norm.eps, weight, bias)
-    made: tuple[Parameter, Parameter]
-    if isinstance(layer, nn.Linear):
-        made = fuse_linear_bn_weights(layer.weight, layer.bias, *statistics)
-    else:
-        made = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transpose=layer.transposed)
-    layer.weight, layer.bias = made
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    with torch.no_grad():
+        scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
+        shift = -norm.running_mean.to(dtype) * scale
+        return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
 
 
-def _remaining(norm: _BatchNorm, into: str, dimensions: int) -> nn.Module:
-    if type(norm) in WITH_ACTIVATION:
-        norm_: Any = norm
-        return nn.Sequential(Folded(into, dimensions), norm_.drop, norm_.act).train(norm.training)
+def _is_undone(scale: Tensor, shift: Tensor) -> bool:
+    """Whether (y - shift) / scale keeps at least half of the digits of x in y = x * scale + shift."""
+    limit = torch.finfo(scale.dtype).eps ** 0.5
+    return bool(((scale.abs() > limit * shift.abs()) & (scale.abs() > limit) & scale.isfinite()).all())
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, norm: _BatchNorm, layer: Any, into: str) -> nn.Module:
+    """Fold a norm into the layer before it: weight * scale, bias * scale + shift. What takes its place."""
+    scale, shift = _affine(norm)
+    dtype = torch.promote_types(scale.dtype, layer.weight.dtype)
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    shape = [1] * layer.weight.dim()
+    shape[1 if transposed else 0] = -1
+    weight = layer.weight.to(dtype) * scale.view(shape)
+    bias = shift if layer.bias is None else layer.bias.to(dtype) * scale + shift
+    layer.weight, layer.bias = (
+        nn.Parameter(made.to(layer.weight.dtype), layer.weight.requires_grad) for made in (weight, bias)
+    )
     activation = resolve(norm.activation) if isinstance(norm, WITH_RESIDUAL) else IDENTITY
-    return Folded(into, dimensions, activation).train(norm.training)
+    rest: nn.Module = Folded(into, DIMENSIONS[type(layer)][0], scale, shift, activation)
+    if type(norm) in WITH_ACTIVATION:
+        parts: Any = norm
+        rest = nn.Sequential(rest, parts.drop, parts.act)
+    rest.train(norm.training)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is norm:
+                parent._modules[name] = rest
+    return rest
+
+
+def _compare(model: nn.Module, folded: nn.Module, changed: dict[str, nn.Module], example: tuple[Any, ...]) -> None:
+    """Raise ValueError, with the first layer's name, if the outputs of both differ by more than rounding."""
+    theirs = _outputs(model, {name: model.get_submodule(name) for name in changed}, example)
+    mine = _outputs(folded, changed, example)
+    for count, (name, values) in enumerate(theirs.items(), 1):
+        for one, other in zip(values, mine.get(name, []), strict=False):
+            limit = 32 * (count + 4) * torch.finfo(other.dtype).eps * max(other.abs().max().item(), 1e-30)
+            if one.shape != other.shape or not (one - other).abs().max().item() <= limit:
+                raise ValueError(
+                    f"expected equal outputs of {name or 'the model'} before and after folding, got a difference of "
+                    f"{(one - other).abs().max().item():.3g}" if one.shape == other.shape else f"of {name}: other shapes"
+                )
+        if len(values) != len(mine.get(name, [])):
+            raise ValueError(f"expected {len(values)} calls of {name}, got {len(mine.get(name, []))}")
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, modules: dict[str, nn.Module], example: tuple[Any, ...]) -> dict[str, list[Tensor]]:
+    """What the modules, and last the model, return for the example, in the order of their calls."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: found.setdefault(name, []).append(output.clone())
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            output = model(*copy.deepcopy(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found.pop("", None)
+    found[""] = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return found

@@ -9,22 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from tritonbn.activations import resolve
-from tritonbn.chains import Use
-from tritonbn.epilogue import (
-    OURS,
-    TORCHS,
-    WITH_ACTIVATION,
-    WITH_RESIDUAL,
-    OwnForward,
-    check_module,
-    is_bare,
-    is_norm,
-    is_replaced,
-    known,
-)
+from tritonbn.activations import of_module, resolve
 from tritonbn.fold import Folded, folds
-from tritonbn.fusion import analyse
+from tritonbn.fused_forward import is_installed
+from tritonbn.types import OURS, TORCHS, WITH_ACTIVATION, WITH_RESIDUAL, check_module, is_bare, is_norm, original, unsharded
+from tritonbn.uses import RETURNED, Use, callers, uses_of
 
 Status = Literal["replaced", "convertible", "left alone", "folded"]
 
@@ -111,33 +100,34 @@ class _Fusion:
             norm: f"fold() folds it into {names[to]}" if isinstance(to, nn.Module) else f"not folded: {to}"
             for norm, to in (folds(model) if evaluation else {}).items()
         }
-        self.uses: dict[nn.Module, list[tuple[Use, bool]]] = {}  # with whether that container fuses
-        self.untraceable: dict[str, str] = {}
-        for name, module in modules:
-            if (analysis := analyse(module)) is None:
-                continue
-            installed = isinstance(vars(module).get("forward"), OwnForward)
-            for use in analysis.uses:
-                self.uses.setdefault(use.norm, []).append((use, installed))
-            if analysis.untraceable:
-                self.untraceable[name] = f"{name or 'the model'} ({type(module).__name__}): {analysis.untraceable}"
+        self.uses: dict[nn.Module, list[Use]] = {}
+        self.refused: dict[str, str] = {}
+        for module in callers(model.modules()):
+            uses, name = uses_of(module), names[module]
+            for use in uses.found:
+                self.uses.setdefault(use.norm, []).append(use)
+            if uses.refused:
+                kind = original(unsharded(type(module))).__name__
+                self.refused[name] = f"{name or 'the model'} ({kind}): its forward {uses.refused}"
 
     def of(self, name: str, norm: _BatchNorm) -> tuple[str, str]:
         """What a batch norm is fused with, and why not."""
+        kind = unsharded(type(norm))
         if isinstance(norm, WITH_RESIDUAL):
             return str(resolve(norm.activation)), ""
-        if type(norm) in WITH_ACTIVATION and not is_norm(norm):
+        if kind in WITH_ACTIVATION and not is_norm(norm):
             return _within(norm)
         fused, alone = [], []
-        for use, installed in self.uses.get(norm, []):
+        uses = self.uses.get(norm, [])
+        for use in uses:
             if why := _hindered(use):
-                alone.append(why)
-            elif not installed or type(norm) not in TORCHS:
+                alone += [why] if why != RETURNED or all(use.why == RETURNED for use in uses) else []
+            elif kind not in TORCHS or not all(map(is_installed, use.containers)):
                 alone.append(f"convert(fuse=True) fuses {use.steps}")
             else:
                 fused.append(use.steps)
-        if norm not in self.uses:
-            alone += [why for above, why in self.untraceable.items() if _is_caller(above, name)][-1:]
+        if not uses:
+            alone = [why for above, why in self.refused.items() if _is_caller(above, name)][-1:]
         return ", ".join(dict.fromkeys(fused)), ", ".join(dict.fromkeys(alone))
 
 
@@ -152,10 +142,10 @@ def _hindered(use: Use) -> str:
 def _within(norm: _BatchNorm) -> tuple[str, str]:
     """The same for timm's module, which applies its drop and act itself."""
     parts: Any = norm
-    activation = known(parts.act)
+    activation = of_module(parts.act) if is_bare(parts.act) else None
     if activation is None or type(parts.drop) is not nn.Identity or not is_bare(parts.drop):
         return "", "its act or drop cannot be fused, or a hook watches it"
-    return (str(activation), "") if type(norm) in TORCHS else ("", "")
+    return (str(activation), "") if unsharded(type(norm)) in TORCHS else ("", "")
 
 
 def _is_caller(above: str, name: str) -> bool:
@@ -164,7 +154,7 @@ def _is_caller(above: str, name: str) -> bool:
 
 def _row(name: str, module: nn.Module, fusion: _Fusion) -> SwapRow | None:
     """The report's row of one module; None if it is no batch norm."""
-    kind = type(module)
+    kind = unsharded(type(module))
     if isinstance(module, ScriptModule):
         original = str(getattr(module, "original_name", ""))
         if "BatchNorm" not in original:
@@ -181,9 +171,9 @@ def _row(name: str, module: nn.Module, fusion: _Fusion) -> SwapRow | None:
 
 
 def _status(module: _BatchNorm) -> tuple[Status, str]:
-    kind = type(module)
+    kind = unsharded(type(module))
     if kind in OURS or kind in TORCHS:
-        if is_replaced(module):
+        if "forward" in vars(module):
             return "left alone", "its forward was replaced on this instance"
         if kind in TORCHS:
             return "replaced", f"revert makes it {_full_name(TORCHS[kind])}"

@@ -4,8 +4,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from tritonbn.epilogue import OURS, TORCHS, check_module, is_replaced
-from tritonbn.fusion import install, uninstall
+from tritonbn.fused_forward import uninstall
+from tritonbn.types import OURS, TORCHS, check_module, reclass, unsharded
+from tritonbn.uses import fuse as fuse_containers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,22 +19,20 @@ def convert(model: Model, fuse: bool = False) -> Model:
     subclasses, SyncBatchNorm and lazy modules, are left alone: `report(model)` says which and why.
 
     fuse: compute batch norm -> activation, batch norm -> add and batch norm -> add -> activation in one operation
-    wherever a module's forward or an nn.Sequential does one after the other and nobody else uses what is between. The
-    modules stay as and where they are. What changes: each module whose forward fuses something gets an attribute
-    `forward`, a function made from its class's forward with torch.fx. That one follows the attributes of its module
-    and, in number and kind, its submodules; it does not see later changes to global variables, to objects that
-    attributes refer to, or to attributes of submodules (submodules themselves run as they are). Batch norms,
-    activations and Sequentials that are fused are not called: hooks on one of them suspend the fusion there, also
-    hooks that are added later. A fused module can be deep-copied, pickled and compiled; torch.jit.script needs
-    `revert` first, and copy.copy of it would run the original.
+    wherever a forward or an nn.Sequential does one directly after the other and nobody else uses what is between. The
+    modules stay as and where they are; those whose forward fuses something get a class of the same name, made of their
+    own, with that forward written anew from its source: what it reads, branches on, writes, draws and logs, it does at
+    each call, as before, and only the batch norm runs as late as what it is fused with. Where the source is not to be
+    had, or something runs in between that could tell, nothing is fused, and `report` says what and where. Hooks on a
+    batch norm, an activation or a Sequential that is fused suspend the fusion there, also hooks that are added later.
+    A fused module can be copied, pickled and compiled; torch.jit.script needs `revert` first.
 
     Raises TypeError if `model` is not a torch.nn.Module.
     """
     check_module(model)
     _reclass(model, OURS)
     if fuse:
-        for module in model.modules():
-            install(module)
+        fuse_containers(model)
     return model
 
 
@@ -52,6 +51,6 @@ def revert(model: Model) -> Model:
 def _reclass(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]]) -> None:
     for module in model.modules():
         # Exactly these types: a subclass may have another forward or another layout.
-        target = to.get(type(module))
-        if target is not None and not is_replaced(module):
-            module.__class__ = target
+        target = to.get(unsharded(type(module)))
+        if target is not None and "forward" not in vars(module):
+            reclass(module, target)

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritonbn.epilogue import OURS, TORCHS, WITH_ACTIVATION, is_bare, known
+from tritonbn.activations import of_module
 from tritonbn.modules import TritonBatchNorm, leaf_node
+from tritonbn.types import OURS, TORCHS, WITH_ACTIVATION, is_bare
 
 _Theirs: Any = importlib.import_module("timm.layers.norm_act").BatchNormAct2d
 
@@ -24,7 +25,7 @@ class BatchNormAct2d(TritonBatchNorm, _Theirs):  # type: ignore[misc]  # no type
         """
         if (node := leaf_node(self, x)) is not None:
             return node
-        activation = known(self.act)
+        activation = of_module(self.act) if is_bare(self.act) else None
         if activation is not None and type(self.drop) is nn.Identity and is_bare(self.drop):
             return self.normalize(x, activation)
         y: Tensor = self.act(self.drop(self.normalize(x)))

@@ -1,0 +1,218 @@
+"""One step of a network, batch norm -> add -> activation: as one operation where that is the same, else as it was.
+
+What the modules are, and who watches them, is looked at when they run: a hook, another slope or another module put in
+the place of one of them takes effect at once. `tritonbn.rewrite` makes forwards that call these functions.
+"""
+
+import operator
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from tritonbn.activations import IDENTITY, Activation, of_call, of_method, of_module
+from tritonbn.modules import TritonBatchNorm
+from tritonbn.types import children, is_bare, is_norm, is_sequential
+
+# Functions that a forward may call, written anew: they take a Late, and may return one.
+FUNCTIONS: dict[FunctionType, Callable[..., Any]] = {}
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Late:
+    """The output of a batch norm of x, plus a residual if there is one, that is computed when somebody needs it."""
+
+    __slots__ = ("norm", "residual", "value", "x")
+
+    def __init__(self, norm: TritonBatchNorm, x: Tensor) -> None:
+        self.norm: TritonBatchNorm | None = norm  # None once it was computed
+        self.x: Tensor | None = x
+        self.residual: Tensor | None = None
+        self.value: Any = None
+
+    def compute(self, activation: Activation = IDENTITY) -> Any:
+        """activation(norm(x) + residual); once, then what that was. Raises what the module raises."""
+        norm, x, residual = self.norm, self.x, self.residual
+        if norm is not None:
+            assert x is not None
+            self.norm = self.x = self.residual = None
+            self.value = norm.normalize(x, activation, residual)
+        return self.value
+
+
+def finish(value: Any) -> Any:
+    """The value; computed now if it is late."""
+    return value.compute() if type(value) is Late else value
+
+
+def call(function: Any, x: Any) -> Any:
+    """function(x), where x may be late and so may be what is returned."""
+    if type(x) is Late and x.norm is None:
+        x = x.value
+    late = type(x) is Late
+    if isinstance(function, nn.Module):
+        if not is_bare(function):
+            return function(finish(x))
+        if late:
+            activation = of_module(function)
+            if activation is not None:
+                return _activated(x, activation, function, ())
+            if type(function) in _DROPOUT_MODULES and (not function.training or function.p == 0):
+                return x
+        opened = getattr(type(function), "tritonbn_opened", None)
+        if opened is not None:
+            return opened(function, x)
+        x = finish(x)
+        if isinstance(function, TritonBatchNorm) and isinstance(x, Tensor) and is_norm(function):
+            return Late(function, x)
+        return function(x)
+    if type(function) is MethodType:
+        opened = FUNCTIONS.get(function.__func__)
+        return function(finish(x)) if opened is None else opened(function.__self__, x)
+    if type(function) is FunctionType and function in FUNCTIONS:
+        return FUNCTIONS[function](x)
+    return apply(function, x) if late else function(x)
+
+
+def follow(function: Any) -> Any:
+    """The function, or that which it became if it was written anew: that may return what is late."""
+    if type(function) is MethodType:
+        opened = FUNCTIONS.get(function.__func__)
+        return function if opened is None else MethodType(opened, function.__self__)
+    return FUNCTIONS.get(function, function) if type(function) is FunctionType else function
+
+
+def apply(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """function(x, *args, **kwargs), or the method of that name: one that may be an activation or an idle dropout."""
+    if type(x) is Late and x.norm is not None:
+        if isinstance(function, str):
+            activation = of_method(function)
+        else:
+            activation = of_call(function, args, kwargs)
+            if any(function is dropout for dropout in DROPOUTS) and _is_idle(*args, **kwargs):
+                return x
+        if activation is not None:
+            return _activated(x, activation, function, args, kwargs)
+    x = finish(x)
+    return getattr(x, function)(*args) if isinstance(function, str) else function(x, *args, **kwargs)
+
+
+def add(how: Any, left: Any, right: Any) -> Any:
+    """left + right; how: "+", "+=", or a method's name or a function that adds."""
+    fresh = type(left) is Late
+    if fresh and type(right) is Late:
+        left = left.compute()  # it came first
+    if type(left) is Late and left.norm is not None and _adds_up(left, right):
+        left.residual = right
+        return left
+    if type(right) is Late and right.norm is not None and (fresh or how not in ("+=", "add_", operator.iadd)):
+        if _adds_up(right, left):
+            right.residual = left
+            return right
+    left, right = finish(left), finish(right)
+    if how == "+":
+        return left + right
+    if how == "+=":
+        return operator.iadd(left, right)
+    return getattr(left, how)(right) if isinstance(how, str) else how(left, right)
+
+
+def beside(function: Any, x: Any, *waiting: Any) -> Any:
+    """function(x) while others may be late: they stay so if the function is a module that cannot tell."""
+    others = [other for other in waiting if type(other) is Late and other.norm is not None]
+    if others:
+        if not (type(x) is Late and x.norm is not None) and all(
+            is_quiet(function, other.norm) and _is_certain(other) for other in others
+        ):
+            x = finish(x)
+            if is_compiling():
+                return function(x)
+            try:
+                return function(x)
+            except BaseException:
+                for other in others:  # as if it had been computed in its place
+                    other.compute()
+                raise
+        for other in others:
+            other.compute()
+    return call(function, x)
+
+
+def closed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with tensors in the place of what is late."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return finish(function(*[finish(argument) for argument in args], **kwargs))
+
+    return run
+
+
+def sequence(module: nn.Module, x: Any) -> Any:
+    """The modules of a Sequential one after the other; x and the output may be late."""
+    for child in children(module):
+        x = call(child, x)
+    return x
+
+
+def is_quiet(module: Any, norm: nn.Module | None) -> bool:
+    """Whether a call of it writes nothing that the norm reads, nor could tell whether that was computed: modules of
+    torch that are not in place and not watched, other batch norms, and Sequentials of those."""
+    if not isinstance(module, nn.Module) or not is_bare(module) or module is norm:
+        return False
+    if is_sequential(module):
+        fresh = False
+        for child in children(module):
+            in_place = fresh and _is_torchs(child) and is_bare(child) and not child._modules
+            if not (in_place or is_quiet(child, norm)):
+                return False
+            fresh = is_norm(child) or type(child) in _FRESH
+        return True
+    return is_norm(module) or (
+        _is_torchs(module) and not module._modules and not getattr(module, "inplace", False)
+    )
+
+
+def _activated(x: Late, activation: Activation, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+    """activation(x), which is what function(x, *args) computes: as one operation if nothing else is saved for it."""
+    if activation == IDENTITY:
+        return x
+    assert x.x is not None
+    # Whoever gave the residual may write to it before the backward.
+    saves = x.residual is not None and activation.keeps_residual and torch.is_grad_enabled()
+    # Autocast computes softplus in float32, whatever its input.
+    if saves or (activation.name == "softplus" and torch.is_autocast_enabled(x.x.device.type)):
+        y = x.compute()
+        return getattr(y, function)() if isinstance(function, str) else function(y, *args, **(kwargs or {}))
+    return x.compute(activation)
+
+
+def _adds_up(late: Late, other: object) -> bool:
+    """Whether the other is added element by element and changes neither shape nor dtype."""
+    x = late.x
+    assert x is not None
+    return late.residual is None and isinstance(other, Tensor) and other.shape == x.shape and other.dtype == x.dtype
+
+
+def _is_certain(late: Late) -> bool:
+    """Whether computing it will raise no error, which would have come before others."""
+    norm, x = late.norm, late.x
+    assert norm is not None
+    assert x is not None
+    norm._check_input_dim(x)  # type: ignore[no-untyped-call]
+    return x.shape[1] == norm.num_features and x.numel() > x.shape[1]
+
+
+def _is_idle(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    """Whether F.dropout(x, p, training, inplace) returns x."""
+    return p == 0 or not training
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
