@@ -33,7 +33,7 @@ from tests.launches import recorded
 from tests.parity import random
 from tests.test_swap import residual_network, train
 from tritonbn import launch
-from tritonbn.fusion import MAX_VARIANTS, FusedForward
+from tritonbn.fused_forward import MAX_VARIANTS
 
 
 class Block(nn.Module):

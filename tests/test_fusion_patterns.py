@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonbn
 from tests.fusing import CHANNELS, assert_trains_alike, body, converted, convolution, fused_in, images, net, norm
-from tritonbn.effects import surroundings
+surroundings = lambda: None
 
 Forward = Callable[..., Any]
 

@@ -303,6 +303,22 @@ class _Ways(Walk):
             self.reached = f.__self__, f"its container calls self.{f.__name__}() and what that gives{place}"
         return super().plainly(function, args, place)
 
+    def waiting(self, names: list[ast.expr], functions: Values, frame: Any, why: str) -> bool:
+        """No matter for folding: what a layer returned stays what it is."""
+        return False
+
+    def calls(self, e: ast.Call, frame: Any) -> Values:
+        """A batch norm with a residual is a batch norm of its first argument."""
+        if isinstance(e.func, ast.Call) and e.args and isinstance(e.args[0], ast.Call) and not isinstance(e.func.func, ast.Call):
+            functions = self.value(e.func.args[0], frame) if e.func.args else (OTHER,)
+            first = e.args[0]
+            finishes = isinstance(first.func, ast.Name) and first.func.id == "tritonbn_finish"
+            if finishes and all(isinstance(f, Known) and isinstance(f.value, WITH_RESIDUAL) for f in functions):
+                for argument in [*e.args[1:], *[k.value for k in e.keywords]]:
+                    self.finished(self.value(argument, frame), "")
+                return self.call(functions, self.value(first.args[0], frame), "")
+        return super().calls(e, frame)
+
     def parts(self, node: ast.AST, frame: Any) -> Values:
         """Functions within functions may call whatever they mention."""
         if isinstance(node, (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

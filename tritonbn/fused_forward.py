@@ -38,6 +38,8 @@ def opened_forward(kind: type[nn.Module]) -> Opened | str:
     if not isinstance(forward, FunctionType):
         return f"is no function but a {type(forward).__name__}"
     found = opened_or_why(forward, True)
+    if isinstance(found, Opened) and found.calls is not None:
+        step.ONLY_CALLS[forward] = found.calls
     if isinstance(found, str) or not found.reads:
         return found
     if kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__:

@@ -163,7 +163,7 @@ class _Watch(TorchFunctionMode):
             return result
         given = dict(zip(self.arguments[func], args, strict=False)) | (kwargs or {})
         norm: Any = self.norms.get(id(given.get("running_mean")))
-        if norm is None or torch._C._current_graph_task_id() != -1:  # a checkpoint computes it again in a backward
+        if norm is None or torch._C._current_graph_task_id() != -1:  # a backward (torch 2.8's) runs a checkpoint again
             return result
         population = self.populations[norm]
         population.measured = True

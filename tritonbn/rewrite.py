@@ -8,6 +8,7 @@ any statement or operation that might (whatever is not on the short list below),
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
@@ -28,10 +29,13 @@ NAMES: dict[str, Callable[..., Any]] = {
     "tritonbn_add": step.add,
     "tritonbn_finish": step.finish,
     "tritonbn_follow": step.follow,
+    "tritonbn_settled": step.settled,
 }
 # Functions that show a frame's variables to whoever asks, a Late among them.
 _FRAMES = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack", "breakpoint"}
 _UNKNOWN = object()
+# How many layers may run beside a batch norm that waits in a variable: a shortcut's convolution and batch norm.
+WAITS = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Opened:
     function: FunctionType
     body: list[ast.stmt]
     reads: frozenset[str]  # attributes of self that it reads while a Late waits: they must be plain ones
+    calls: frozenset[str] | None  # children, if all that it does is to call these and to add and multiply tensors
 
 
 class _NotLate(Exception):
@@ -63,7 +68,8 @@ def opened(function: FunctionType, bound: bool) -> Opened:
         raise SourceError(f"asks for its variables: {min(frames)}() ({_where(function)})")
     rewriter = _Rewriter(source_of(function), bound)
     body = rewriter.function()
-    return Opened(rewriter.source, rewriter.source.compiled(body, NAMES), body, frozenset(rewriter.reads))
+    made = rewriter.source.compiled(body, NAMES)
+    return Opened(rewriter.source, made, body, frozenset(rewriter.reads), _only_calls(rewriter))
 
 
 def _where(function: FunctionType) -> str:
@@ -79,7 +85,31 @@ def _within(wrapper: FunctionType, inner: Opened) -> Opened:
     closure = tuple(type(c)(closed) if c.cell_contents is wrapper.__wrapped__ else c for c in cells)  # type: ignore[attr-defined]
     made = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, closure)
     made.__kwdefaults__, made.__dict__ = wrapper.__kwdefaults__, dict(wrapper.__dict__)
-    return Opened(inner.source, step.closed(made), inner.body, inner.reads)
+    return Opened(inner.source, step.closed(made), inner.body, inner.reads, None)
+
+
+def _only_calls(rewriter: "_Rewriter") -> frozenset[str] | None:
+    """The names of self.name(x) in a function that does nothing else but arithmetic and tests for None."""
+    names: set[str] = set()
+    body = rewriter.source.node.body
+    for part in [body] if isinstance(body, ast.expr) else body:
+        for node in ast.walk(part):
+            if isinstance(node, ast.Attribute):
+                if not (isinstance(node.value, ast.Name) and node.value.id == rewriter.self_name):
+                    return None
+                names.add(node.attr)
+            elif isinstance(node, ast.Call):
+                if not isinstance(node.func, ast.Attribute) or len(node.args) != 1 or node.keywords:
+                    return None
+            elif not isinstance(node, _ARITHMETIC) or (isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name)):
+                return None
+    return frozenset(names)
+
+
+_ARITHMETIC = (
+    ast.Assign, ast.AnnAssign, ast.Return, ast.If, ast.Pass, ast.Expr, ast.Name, ast.Constant, ast.IfExp, ast.Compare,
+    ast.Is, ast.IsNot, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.expr_context,
+)  # fmt: skip
 
 
 class _Rewriter:
@@ -96,7 +126,7 @@ class _Rewriter:
         takes = self.parameters[bound : bound + 1] if len(self.parameters) > bound else []
         self.takes = takes if code.co_argcount > bound else []
         self.late: list[str] = []  # variables that may hold a Late now
-        self.waited: set[str] = set()  # of those, the ones that waited while a layer ran: once is enough
+        self.waited: Counter[str] = Counter()  # while how many layers ran
         self.reads: set[str] = set()
         self.temporaries = 0
         self.guarded = 0  # within try or with: what is returned must be finished there
@@ -129,9 +159,9 @@ class _Rewriter:
             end(hidden, "a function within this one uses it", body[0])
             end(late - self.liveness.before(body), "its output is not used", body[0])
         for statement in body:
-            waited = set(self.waited)
+            waited = self.waited
             while True:
-                self.late, self.waited = sorted(late), set(waited)
+                self.late, self.waited = sorted(late), waited.copy()
                 try:
                     made, after = self.statement(statement)
                     break
@@ -172,6 +202,9 @@ class _Rewriter:
             body, first = self.block(s.body, late)
             orelse, second = self.branch(s, late)
             return [_located(ast.If(test, body or [ast.Pass()], orelse), s)], first | second
+        if isinstance(s, ast.For) and not s.orelse and self.is_own(s.iter) and isinstance(s.target, ast.Name):
+            if isinstance(s.iter, ast.Name) or isinstance(s.iter, ast.Attribute) and isinstance(s.iter.value, ast.Name):
+                return self.loop(s, s.target.id)
         if isinstance(s, (ast.For, ast.While, ast.With, ast.Try)):
             return [self.compound(s)], set()
         if isinstance(s, ast.Expr):
@@ -199,6 +232,35 @@ class _Rewriter:
             value = self.finish(_load(name), "its output is not always used", s)
             new.append(_located(ast.Assign([ast.Name(name, ast.Store())], value), s))
         return new, late - set(dead)
+
+    def loop(self, s: ast.For, target: str) -> tuple[list[ast.stmt], set[str]]:
+        """A loop over modules, perhaps: then what is late may stay so from one to the next."""
+        late, items = set(self.late), f"tritonbn_{self.temporaries}"
+        self.temporaries += 1
+        if target in late:
+            raise _NotLate([target], "its output is not used")
+        first = ast.Assign([ast.Name(items, ast.Store())], self.plain(s.iter))
+        entered, live = set(late), self.liveness.before(s.body)
+        while True:
+            body, left = self.block(s.body, entered)
+            if left & live <= entered:
+                break
+            entered |= left & live
+        end = s.body[-1]
+        for name in sorted(left - entered):
+            value = self.finish(_load(name), "a loop ends before it is used", end)
+            body.append(_located(ast.Assign([ast.Name(name, ast.Store())], value), end))
+
+        def settled(names: set[str], at: ast.stmt) -> list[ast.stmt]:
+            return [
+                _located(
+                    ast.Assign([ast.Name(n, ast.Store())], self.helper("settled", [_load(items), _load(n)], at)), at
+                )
+                for n in sorted(names)
+            ]
+
+        loop = ast.For(s.target, _load(items), [*body, *settled(left & entered, end)], [])
+        return [_located(first, s), *settled(late, s), _located(loop, s)], entered
 
     def compound(self, s: ast.stmt) -> ast.stmt:
         """A loop, with or try: nothing late enters or leaves it."""
@@ -231,7 +293,7 @@ class _Rewriter:
             raise _NotLate([name], "its output is not used")
         changed = copy.copy(s)
         changed.value = new
-        self.waited.discard(name)
+        self.waited[name] = 0
         return [changed], set(self.late) | ({name} if late else set())
 
     def add_in_place(self, s: ast.AugAssign, name: str) -> tuple[list[ast.stmt], set[str]]:
@@ -281,6 +343,14 @@ class _Rewriter:
             if not all(isinstance(op, (ast.Is, ast.IsNot)) for op in e.ops):
                 self.disturb(None, e)
             return _located(new, e), False
+        if isinstance(e, ast.BoolOp):
+            values = [self.plain(e.values[0])]
+            for operand in e.values[1:]:
+                before = list(self.late)
+                values.append(self.plain(operand))
+                if self.late != before:
+                    raise _NotLate(set(before) - set(self.late), "its output is not always used")
+            return _located(ast.BoolOp(e.op, values), e), False
         if isinstance(e, ast.UnaryOp):
             operand = self.plain(e.operand)
             if not isinstance(e.op, ast.Not):
@@ -351,6 +421,8 @@ class _Rewriter:
                 return self.add(e, e.func.value, args[0], ast.Constant(name))
         if any(target is f for f in step.ADDITIONS) and len(args) == 2 and simple and _no_scale(keywords):
             return self.add(e, *args, e.func)
+        if (target is getattr or target is hasattr) and self.is_look(e):
+            return e, False
         func = self.plain(e.func)
         follow = self.may_be_followed(e, target)
         if simple and args and is_fusible(target):
@@ -359,9 +431,9 @@ class _Rewriter:
             value, _ = self.expression(args[0])
             if not self.late:
                 return self.helper("call", [func, value], e), True
-            if self.waited.intersection(self.late):
-                raise _NotLate(self.waited.intersection(self.late), f"{self.source.text(e)} runs before it is used")
             self.waited.update(name for name in self.late if name in self.locals)
+            if patient := [name for name in self.late if self.waited[name] > WAITS]:
+                raise _NotLate(patient, f"{self.source.text(e)} runs before it is used")
             return self.helper("beside", [func, value, *map(_load, self.late)], e), True
         why = f"its output goes to {self.source.text(e.func)}"
         new = ast.Call(
@@ -464,6 +536,16 @@ class _Rewriter:
             return self.is_own(e.func.value) or not hasattr(torch.Tensor, e.func.attr)
         return True
 
+    def is_look(self, e: ast.Call) -> bool:
+        """Whether it is getattr(self, "name", constant) or hasattr(self, "name")."""
+        owner, *rest = e.args or [e.func]
+        own = isinstance(owner, ast.Name) and owner.id == self.self_name and not e.keywords and len(rest) in (1, 2)
+        if not own or not all(isinstance(a, ast.Constant) for a in rest):
+            return False
+        if self.late and isinstance(rest[0], ast.Constant):
+            self.reads.add(str(rest[0].value))
+        return True
+
     def is_own(self, e: ast.expr) -> bool:
         """Whether it is self, one of its attributes (of theirs, ...), or super()."""
         while isinstance(e, (ast.Attribute, ast.Subscript)):
@@ -523,7 +605,11 @@ class _Liveness:
         return name not in self.after(s) or name in _stored(s)
 
     def loads(self, part: ast.AST, name: str) -> int:
-        return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(part))
+        """How often it reads the variable, at most."""
+        if isinstance(part, ast.IfExp):
+            return self.loads(part.test, name) + max(self.loads(part.body, name), self.loads(part.orelse, name))
+        own = isinstance(part, ast.Name) and part.id == name and isinstance(part.ctx, ast.Load)
+        return own + sum(self.loads(child, name) for child in ast.iter_child_nodes(part))
 
     def _block(
         self, body: Sequence[ast.stmt], after: frozenset[str], exits: frozenset[str], again: frozenset[str],

@@ -16,14 +16,19 @@ from torch.compiler import is_compiling
 
 from tritonbn.activations import IDENTITY, Activation, of_call, of_method, of_module
 from tritonbn.modules import TritonBatchNorm
-from tritonbn.types import children, is_bare, is_norm, is_sequential
+from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
 # Functions that a forward may call, written anew: they take a Late, and may return one.
 FUNCTIONS: dict[FunctionType, Callable[..., Any]] = {}
+# Forwards that do nothing but call these children of theirs, and add and multiply tensors.
+ONLY_CALLS: dict[FunctionType, frozenset[str]] = {}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+_ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
 
 
 class Late:
@@ -106,16 +111,16 @@ def apply(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def add(how: Any, left: Any, right: Any) -> Any:
     """left + right; how: "+", "+=", or a method's name or a function that adds."""
-    fresh = type(left) is Late
-    if fresh and type(right) is Late:
+    fresh = type(left) is Late  # nobody else has it
+    left, right = (x.value if type(x) is Late and x.norm is None else x for x in (left, right))
+    if type(left) is Late and type(right) is Late:
         left = left.compute()  # it came first
-    if type(left) is Late and left.norm is not None and _adds_up(left, right):
+    if type(left) is Late and _adds_up(left, right):
         left.residual = right
         return left
-    if type(right) is Late and right.norm is not None and (fresh or how not in ("+=", "add_", operator.iadd)):
-        if _adds_up(right, left):
-            right.residual = left
-            return right
+    if type(right) is Late and (fresh or how not in ("+=", "add_", operator.iadd)) and _adds_up(right, left):
+        right.residual = left
+        return right
     left, right = finish(left), finish(right)
     if how == "+":
         return left + right
@@ -145,6 +150,13 @@ def beside(function: Any, x: Any, *waiting: Any) -> Any:
     return call(function, x)
 
 
+def settled(items: Any, value: Any) -> Any:
+    """The value, which stays late while somebody takes an item of modules in a list or tuple; finished for all else."""
+    if type(items) in (list, tuple) or getattr(type(items), "__iter__", None) in _ITERATIONS:
+        return value
+    return finish(value)
+
+
 def closed(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with tensors in the place of what is late."""
 
@@ -163,7 +175,7 @@ def sequence(module: nn.Module, x: Any) -> Any:
 
 def is_quiet(module: Any, norm: nn.Module | None) -> bool:
     """Whether a call of it writes nothing that the norm reads, nor could tell whether that was computed: modules of
-    torch that are not in place and not watched, other batch norms, and Sequentials of those."""
+    torch that are not in place and not watched, other batch norms, and containers that do no more than call those."""
     if not isinstance(module, nn.Module) or not is_bare(module) or module is norm:
         return False
     if is_sequential(module):
@@ -174,8 +186,14 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
                 return False
             fresh = is_norm(child) or type(child) in _FRESH
         return True
-    return is_norm(module) or (
-        _is_torchs(module) and not module._modules and not getattr(module, "inplace", False)
+    if is_norm(module):
+        return True
+    if _is_torchs(module):
+        return not module._modules and not getattr(module, "inplace", False)
+    calls = ONLY_CALLS.get(original(type(module)).forward)
+    return calls is not None and all(
+        name in module._modules and (module._modules[name] is None or is_quiet(module._modules[name], norm))
+        for name in calls
     )
 
 

@@ -172,15 +172,18 @@ class Walk:
 
     def added(self, left: Values, right: Values, in_place: bool) -> Values:
         """`step.add`."""
+        owned = [value for value in left if isinstance(value, Waiting)]
         if any(isinstance(value, Waiting) for value in right):
-            if in_place and not any(isinstance(value, Waiting) for value in left):
+            if in_place and not owned:
                 return self.finished(right, "an add in place changes the other operand")
             left = self.finished(left, "it is added to another batch norm, which is fused with the add")
             left, right = right, left
         found: list[Any] = []
         for value in left:
             if isinstance(value, Waiting) and not value.added and any(map(_is_tensor, right)):
-                found.append(replace(value, added=True))
+                # What is added to in place is nobody else's only if it came late, too.
+                containers = [container for other in owned * in_place if other is not value for container in other.containers]
+                found.append(replace(value, added=True, containers=(*value.containers, *containers)))
             else:
                 found += self.finished((value,), "its output is added to what is no tensor") and [OTHER]
         return tuple(found)
@@ -379,8 +382,14 @@ class Walk:
         functions = _UNKNOWN if helper == "finish" or follows else self.value(written, frame)
         if helper == "finish":
             return self.finished(self.value(e.args[0], frame), vars(e).get("why", ""))
+        if helper == "settled":
+            value = self.value(e.args[1], frame)
+            return value if _items(functions) is not None else self.finished(value, why + place)
         if helper in ("call", "beside"):
-            return self.call(functions, self.value(e.args[1], frame), why + place)
+            may_tell = f"{frame.opened.source.text(written)} may tell whether it ran{place}"
+            waits = helper == "beside" and self.waiting(e.args[2:], functions, frame, may_tell)
+            value = self.call(functions, self.value(e.args[1], frame), why + place)
+            return self.finished(value, f"another batch norm waits for its output{place}") if waits else value
         args = [self.value(argument, frame) for argument in e.args[1 if helper else 0 :]]
         kwargs = {keyword.arg: self.value(keyword.value, frame) for keyword in e.keywords}
         if helper == "apply":
@@ -394,6 +403,26 @@ class Walk:
         for values in (*args, *kwargs.values()):
             self.finished(tuple(v for v in values if not (looks and isinstance(v, Known))), why + place)
         return _union(*[self.plainly(function, args, place) for function in functions])
+
+    def waiting(self, names: list[ast.expr], functions: Values, frame: "Frame", why: str) -> bool:
+        """Whether something is late while a function is called: it stays so if `step.is_quiet`."""
+        waits = False
+        for name in names:
+            assert isinstance(name, ast.Name)
+            values = list(frame.name(name.id))
+            for i, value in enumerate(values):
+                if isinstance(value, Waiting) and not all(self.is_quiet(f, value.norm) for f in functions):
+                    values[i] = self.finished((value,), why)[0]
+            frame.variables[name.id] = tuple(values)
+            waits |= any(isinstance(value, Waiting) for value in values)
+        return waits
+
+    def is_quiet(self, function: Any, norm: nn.Module) -> bool:
+        module = function.value if isinstance(function, Known) else None
+        if isinstance(module, nn.Module):
+            for inner in module.modules():
+                opened_forward(original(unsharded(type(inner))))  # says what it does
+        return step.is_quiet(module, norm)
 
     def followed(
         self, function: Any, args: list[Values], kwargs: dict[str, Values], why: str, place: str
