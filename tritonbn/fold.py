@@ -18,7 +18,18 @@ from tritonbn.activations import IDENTITY, Activation, resolve
 from tritonbn.fused_forward import opened_forward, opened_or_why
 from tritonbn.modules import leaf_node
 from tritonbn.rewrite import Opened
-from tritonbn.types import OURS, TORCHS, WITH_ACTIVATION, WITH_RESIDUAL, batch_norms, check_module, is_bare, is_sequential, original, unsharded
+from tritonbn.types import (
+    OURS,
+    TORCHS,
+    WITH_ACTIVATION,
+    WITH_RESIDUAL,
+    batch_norms,
+    check_module,
+    is_bare,
+    is_sequential,
+    original,
+    unsharded,
+)
 from tritonbn.uses import OTHER, Known, Values, Waiting, Walk, callers, fuse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -220,7 +231,11 @@ class _Ways(Walk):
             self.modules.pop()
 
     def module(self, module: nn.Module, x: Values) -> Values:
-        if module in self.modules or "forward" in vars(module) or not (is_sequential(module) or self.is_followed(module)):
+        if (
+            module in self.modules
+            or "forward" in vars(module)
+            or not (is_sequential(module) or self.is_followed(module))
+        ):
             self.finished(x, _RETURNED)
             return (OTHER,)
         self.entered.add(module)
@@ -309,7 +324,12 @@ class _Ways(Walk):
 
     def calls(self, e: ast.Call, frame: Any) -> Values:
         """A batch norm with a residual is a batch norm of its first argument."""
-        if isinstance(e.func, ast.Call) and e.args and isinstance(e.args[0], ast.Call) and not isinstance(e.func.func, ast.Call):
+        if (
+            isinstance(e.func, ast.Call)
+            and e.args
+            and isinstance(e.args[0], ast.Call)
+            and not isinstance(e.func.func, ast.Call)
+        ):
             functions = self.value(e.func.args[0], frame) if e.func.args else (OTHER,)
             first = e.args[0]
             finishes = isinstance(first.func, ast.Name) and first.func.id == "tritonbn_finish"
@@ -337,7 +357,11 @@ def _functions(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
         if parent.__module__.startswith("torch.") or parent is object:
             continue
         for name, value in vars(parent).items():
-            wrapped = getattr(value, "fget", None) or getattr(value, "func", None) if isinstance(value, (property, cached_property)) else value
+            wrapped = (
+                getattr(value, "fget", None) or getattr(value, "func", None)
+                if isinstance(value, (property, cached_property))
+                else value
+            )
             wrapped = wrapped.__func__ if isinstance(wrapped, (staticmethod, classmethod)) else wrapped
             if isinstance(wrapped, FunctionType) and (name == "__call__" or not name.startswith("__")):
                 yield name, wrapped
@@ -445,7 +469,9 @@ def _compare(model: nn.Module, folded: nn.Module, changed: dict[str, nn.Module],
             if one.shape != other.shape or not (one - other).abs().max().item() <= limit:
                 raise ValueError(
                     f"expected equal outputs of {name or 'the model'} before and after folding, got a difference of "
-                    f"{(one - other).abs().max().item():.3g}" if one.shape == other.shape else f"of {name}: other shapes"
+                    f"{(one - other).abs().max().item():.3g}"
+                    if one.shape == other.shape
+                    else f"of {name}: other shapes"
                 )
         if len(values) != len(mine.get(name, [])):
             raise ValueError(f"expected {len(values)} calls of {name}, got {len(mine.get(name, []))}")

@@ -35,6 +35,8 @@ def opened_or_why(function: FunctionType, bound: bool) -> Opened | str:
 def opened_forward(kind: type[nn.Module]) -> Opened | str:
     """The forward of a class written anew, or why there is none, as the end of a sentence about the forward."""
     forward = kind.forward
+    if type(kind) not in _METACLASSES:  # it may do anything with a new class
+        return f"is of a class of a {type(kind).__name__}"
     if not isinstance(forward, FunctionType):
         return f"is no function but a {type(forward).__name__}"
     found = opened_or_why(forward, True)
@@ -121,8 +123,6 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     for known in kind.__subclasses__():
         if vars(known).get("tritonbn_original") is kind:
             return known
-    if type(kind) not in _METACLASSES:  # it may do anything with a new class
-        return None
     sequential = kind.forward is nn.Sequential.forward
     first = step.sequence if sequential else _function(kind)
     if first is None:

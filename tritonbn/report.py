@@ -12,7 +12,17 @@ from torch.nn.utils import parametrize
 from tritonbn.activations import of_module, resolve
 from tritonbn.fold import Folded, folds
 from tritonbn.fused_forward import is_installed
-from tritonbn.types import OURS, TORCHS, WITH_ACTIVATION, WITH_RESIDUAL, check_module, is_bare, is_norm, original, unsharded
+from tritonbn.types import (
+    OURS,
+    TORCHS,
+    WITH_ACTIVATION,
+    WITH_RESIDUAL,
+    check_module,
+    is_bare,
+    is_norm,
+    original,
+    unsharded,
+)
 from tritonbn.uses import RETURNED, Use, callers, uses_of
 
 Status = Literal["replaced", "convertible", "left alone", "folded"]

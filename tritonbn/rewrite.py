@@ -30,6 +30,7 @@ NAMES: dict[str, Callable[..., Any]] = {
     "tritonbn_finish": step.finish,
     "tritonbn_follow": step.follow,
     "tritonbn_settled": step.settled,
+    "tritonbn_plain": step.plain,
 }
 # Functions that show a frame's variables to whoever asks, a Late among them.
 _FRAMES = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack", "breakpoint"}
@@ -101,7 +102,9 @@ def _only_calls(rewriter: "_Rewriter") -> frozenset[str] | None:
             elif isinstance(node, ast.Call):
                 if not isinstance(node.func, ast.Attribute) or len(node.args) != 1 or node.keywords:
                     return None
-            elif not isinstance(node, _ARITHMETIC) or (isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name)):
+            elif not isinstance(node, _ARITHMETIC) or (
+                isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name)
+            ):
                 return None
     return frozenset(names)
 
@@ -214,10 +217,12 @@ class _Rewriter:
             return [_located(new, s)], set(self.late)
         if isinstance(s, (ast.Assign, ast.AugAssign)):
             new_value = self.plain(s.value)
-            self.disturb(None, s)
+            names = {t.id for t in s.targets if isinstance(t, ast.Name)} if isinstance(s, ast.Assign) else set()
+            if not isinstance(s, ast.Assign) or len(names) != len(s.targets) or names.intersection(self.late):
+                self.disturb(None, s)
             changed = copy.copy(s)
             changed.value = new_value
-            return [changed], set()
+            return [changed], set(self.late)
         if not isinstance(s, ast.Pass):
             self.disturb(None, s)
         return [s], set(self.late)
@@ -339,10 +344,10 @@ class _Rewriter:
         if isinstance(e, ast.IfExp):
             return self.conditional(e)
         if isinstance(e, ast.Compare):
-            new = ast.Compare(self.plain(e.left), e.ops, [self.plain(c) for c in e.comparators])
+            left, *rest = [self.plain(operand) for operand in (e.left, *e.comparators)]
             if not all(isinstance(op, (ast.Is, ast.IsNot)) for op in e.ops):
-                self.disturb(None, e)
-            return _located(new, e), False
+                left, *rest = [self.checked(operand) for operand in (left, *rest)]
+            return _located(ast.Compare(left, e.ops, rest), e), False
         if isinstance(e, ast.BoolOp):
             values = [self.plain(e.values[0])]
             for operand in e.values[1:]:
@@ -368,15 +373,20 @@ class _Rewriter:
             self.disturb(None, e)
             return _located(both, e), False
         if isinstance(e, ast.Subscript):
-            item = ast.Subscript(self.plain(e.value), self.plain(e.slice), e.ctx)
-            self.disturb(None, e)
-            return _located(item, e), False
+            owner, key = self.plain(e.value), self.plain(e.slice)
+            return _located(ast.Subscript(self.checked(owner), self.checked(key), e.ctx), e), False
         if isinstance(e, ast.Dict) and all(e.keys):
             pairs = [(self.plain(k), self.plain(v)) for k, v in zip(e.keys, e.values, strict=True) if k is not None]
             self.disturb(None, e)
             return _located(ast.Dict([k for k, _ in pairs], [v for _, v in pairs]), e), False
         self.disturb(None, e)  # it stays as it is
         return e, False
+
+    def checked(self, e: ast.expr) -> ast.expr:
+        """A value that something is done with that only plain values do for themselves."""
+        if not self.late or isinstance(e, ast.Constant):
+            return e
+        return self.helper("plain", [e, *map(_load, self.late)], e)
 
     def name(self, e: ast.Name) -> tuple[ast.expr, bool]:
         if e.id not in self.late:
@@ -488,7 +498,9 @@ class _Rewriter:
         assert isinstance(e, ast.Call)
         if isinstance(how, ast.Constant):
             assert isinstance(e.func, ast.Attribute)
-            return _located(ast.Call(_located(ast.Attribute(first, e.func.attr, ast.Load()), e), [second], []), e), False
+            return _located(
+                ast.Call(_located(ast.Attribute(first, e.func.attr, ast.Load()), e), [second], []), e
+            ), False
         return _located(ast.Call(how, [first, second], e.keywords), e), False
 
     def held(self, first: ast.expr, left: ast.expr, right: ast.expr) -> tuple[ast.expr, ast.expr, bool]:
@@ -599,7 +611,9 @@ class _Liveness:
         if sum(self.loads(part, name) for part in header) != 1:
             return False
         if isinstance(s, ast.If):
-            return name not in self.before(s.body) and name not in (self.before(s.orelse) if s.orelse else self.after(s))
+            return name not in self.before(s.body) and name not in (
+                self.before(s.orelse) if s.orelse else self.after(s)
+            )
         if isinstance(s, (ast.For, ast.While, ast.With)):
             return name not in self._before[id(s.body[0])] and name not in self.after(s)
         return name not in self.after(s) or name in _stored(s)
@@ -679,7 +693,9 @@ def _header(s: ast.stmt) -> list[ast.AST]:
 def _read(part: ast.AST) -> frozenset[str]:
     """The names that it reads; those that it adds to in place, too."""
     names = {n.id for n in ast.walk(part) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
-    return frozenset(names | ({part.target.id} if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name) else set()))
+    return frozenset(
+        names | ({part.target.id} if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name) else set())
+    )
 
 
 def _stored(s: ast.stmt) -> frozenset[str]:

@@ -52,7 +52,9 @@ class Source:
         function = self.function
         if name in function.__code__.co_freevars:
             try:
-                return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))[name].cell_contents
+                return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))[
+                    name
+                ].cell_contents
             except ValueError as error:  # not assigned yet
                 raise KeyError(name) from error
         return function.__globals__[name] if name in function.__globals__ else vars(builtins)[name]
@@ -154,7 +156,10 @@ def _compiled(source: Source, body: list[ast.stmt] | ast.expr, free: list[str]) 
     module = ast.fix_missing_locations(ast.Module([*imports, statement], []))
     whole = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE_FLAGS, dont_inherit=True)
     found = whole
-    for name in ([source.class_name] if source.class_name else []) + ["outer", _INNER if isinstance(body, list) else "<lambda>"]:
+    for name in ([source.class_name] if source.class_name else []) + [
+        "outer",
+        _INNER if isinstance(body, list) else "<lambda>",
+    ]:
         found = next(c for c in found.co_consts if isinstance(c, CodeType) and c.co_name == name)
     made = found.replace(co_firstlineno=code.co_firstlineno, co_name=code.co_name)
     return made.replace(co_qualname=code.co_qualname) if hasattr(code, "co_qualname") else made
@@ -169,7 +174,9 @@ def _same(one: CodeType, other: CodeType) -> bool:
         and one.co_flags & _KINDS == other.co_flags & _KINDS
         and len(one.co_consts) == len(other.co_consts)
         and all(
-            _same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else type(a) is type(b) and repr(a) == repr(b)
+            _same(a, b)
+            if isinstance(a, CodeType) and isinstance(b, CodeType)
+            else type(a) is type(b) and repr(a) == repr(b)
             for a, b in zip(one.co_consts, other.co_consts, strict=True)
         )
     )

@@ -6,6 +6,7 @@ the place of one of them takes effect at once. `tritonbn.rewrite` makes forwards
 
 import operator
 from collections.abc import Callable
+from enum import Enum
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -28,6 +29,7 @@ _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+_PLAIN = {bool, int, float, str, bytes, type(None), tuple, list, dict, torch.dtype, torch.device, torch.Size}
 _ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
 
 
@@ -155,6 +157,14 @@ def settled(items: Any, value: Any) -> Any:
     if type(items) in (list, tuple) or getattr(type(items), "__iter__", None) in _ITERATIONS:
         return value
     return finish(value)
+
+
+def plain(value: Any, *waiting: Any) -> Any:
+    """The value; what is late is computed first unless the value is one whose operators do nothing else."""
+    if type(value) not in _PLAIN and not isinstance(value, (Enum, nn.ModuleList, nn.Sequential)):
+        for other in waiting:
+            finish(other)
+    return value
 
 
 def closed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,6 +62,7 @@ class Waiting:
     added: bool = False
     others: tuple[nn.Module, ...] = ()  # that it passed on its way
     containers: tuple[nn.Module, ...] = ()  # that returned it
+    adders: tuple[nn.Module, ...] = ()  # and before something was added
     functions: tuple[tuple[FunctionType, bool], ...] = ()  # that returned it
 
 
@@ -104,7 +105,7 @@ class Walk:
         steps = " + ".join(["add"] * waiting.added + [act] * bool(act))
         if steps:
             entered = self.modules[waiting.depth :]
-            containers = (*waiting.containers, *(entered or self.modules[-1:]))
+            containers = (*waiting.containers, *(entered or self.modules[-1:])) if act else waiting.adders
             functions = (*waiting.functions, *self.functions)
             use = Use(waiting.norm, steps, "", (*waiting.others, *entered, *others), containers, functions)
         else:
@@ -182,8 +183,12 @@ class Walk:
         for value in left:
             if isinstance(value, Waiting) and not value.added and any(map(_is_tensor, right)):
                 # What is added to in place is nobody else's only if it came late, too.
-                containers = [container for other in owned * in_place if other is not value for container in other.containers]
-                found.append(replace(value, added=True, containers=(*value.containers, *containers)))
+                containers = [
+                    container for other in owned * in_place if other is not value for container in other.containers
+                ]
+                containers = [*value.containers, *containers]
+                adders = (*containers, *(self.modules[value.depth :] or self.modules[-1:]))
+                found.append(replace(value, added=True, containers=tuple(containers), adders=adders))
             else:
                 found += self.finished((value,), "its output is added to what is no tensor") and [OTHER]
         return tuple(found)
@@ -335,7 +340,9 @@ class Walk:
             return _union(*[_item(owner, key) for owner in owners for key in keys])
         if isinstance(e, ast.IfExp):
             test = _truth(self.value(e.test, frame))
-            branches = [branch for branch, taken in ((e.body, test is not False), (e.orelse, test is not True)) if taken]
+            branches = [
+                branch for branch, taken in ((e.body, test is not False), (e.orelse, test is not True)) if taken
+            ]
             return _union(*[self.value(branch, frame) for branch in branches])
         if isinstance(e, (ast.Compare, ast.UnaryOp, ast.BoolOp)):
             return self.test(e, frame)
@@ -373,7 +380,9 @@ class Walk:
     def calls(self, e: ast.Call, frame: "Frame") -> Values:
         name = e.func.id if isinstance(e.func, ast.Name) else ""
         helper = name.removeprefix("tritonbn_") if name.startswith("tritonbn_") else ""
-        follows = isinstance(e.func, ast.Call) and isinstance(e.func.func, ast.Name) and e.func.func.id == "tritonbn_follow"
+        follows = (
+            isinstance(e.func, ast.Call) and isinstance(e.func.func, ast.Name) and e.func.func.id == "tritonbn_follow"
+        )
         written = e.args[0] if helper else e.func.args[0] if follows and isinstance(e.func, ast.Call) else e.func
         why, place = f"its output goes to {frame.opened.source.text(written)}", f" ({frame.opened.source.place(e)})"
         if helper == "add":
@@ -382,6 +391,8 @@ class Walk:
         functions = _UNKNOWN if helper == "finish" or follows else self.value(written, frame)
         if helper == "finish":
             return self.finished(self.value(e.args[0], frame), vars(e).get("why", ""))
+        if helper == "plain":
+            return functions
         if helper == "settled":
             value = self.value(e.args[1], frame)
             return value if _items(functions) is not None else self.finished(value, why + place)
@@ -424,9 +435,7 @@ class Walk:
                 opened_forward(original(unsharded(type(inner))))  # says what it does
         return step.is_quiet(module, norm)
 
-    def followed(
-        self, function: Any, args: list[Values], kwargs: dict[str, Values], why: str, place: str
-    ) -> Values:
+    def followed(self, function: Any, args: list[Values], kwargs: dict[str, Values], why: str, place: str) -> Values:
         """`step.follow(function)(*args, **kwargs)`."""
         f = function.value if isinstance(function, Known) else None
         if isinstance(f, (FunctionType, MethodType)) and not _is_torchs(f):
@@ -501,14 +510,18 @@ def _union(*values: Values) -> Values:
     found: list[Any] = []
     for value in values:
         for one in value:
-            if not any(one is other or (type(one) is type(other) is not object and _equal(one, other)) for other in found):
+            if not any(
+                one is other or (type(one) is type(other) is not object and _equal(one, other)) for other in found
+            ):
                 found.append(one)
     return tuple(found[:16]) or _UNKNOWN
 
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Known):
-        return one.value is other.value or (type(one.value) in _PLAIN and type(other.value) is type(one.value) and one.value == other.value)
+        return one.value is other.value or (
+            type(one.value) in _PLAIN and type(other.value) is type(one.value) and one.value == other.value
+        )
     return bool(one == other)
 
 
