@@ -125,14 +125,14 @@ GRAMMAR: dict[str, list[str]] = {
         "y = {norm x}\nx = {act y}", "y = {norm x}\n{statement}\nx = {act y}", "y = {norm x}\ny = {act y}\nx = y + y",
         "y = {norm x}\n{statement}\ny = {act y}\n{statement}\nx = y", "y = {norm x}\nx = {act y} + y", "y = {norm x}\nx = y",
         "y = {norm x}\n{between}\nr = {other}\n{between}\n{into}\n{between}\nx = {act y}",
-        "r = {other}\ny = {norm x}\n{into}\n{write}\nx = {act y}", "r = {other}\ny = {norm x}\n{add}\nx = {act y}\n{write}",
+        "r = {other}\ny = {norm x}\n{into}\n{write}\nx = {act y}", "r = {fresh}\ny = {norm x}\n{write}\n{add}\nx = {act y}", "r = {other}\ny = {norm x}\n{add}\nx = {act y}\n{write}",
         "r = {other}\ny = {norm x}\n{add}\nx = {act y}\nx = x + r", "x = {norm x} + {other}", "x = {act {norm x}} * {number}",
         "r = {fresh}\ny = {norm x}\n{add}\nx = {act y}\n{hidden}", "r = {fresh}\ny = {norm x}\n{add}\n{write}\nx = y + r",
         "y = {act {norm x}}\n{statement}\nx = y", "y = {norm x}\ny.data.add_(1.0)\nx = {act y}",
         "r = {fresh}\ny = {norm x}\n{add}\nx = F.silu(y)\n{write}\nx = x + r",
     ],
     "step": ["{core}"] * 12 + [
-        "if {flag}:\n    {core}", "if {flag}:\n    {core}\nelse:\n    {core}", "with torch.no_grad():\n    {core}",
+        "if {flag}:\n    {core}", "if {flag}:\n    {core}\nelse:\n    {core}", "with torch.no_grad():\n    {core}", "with torch.inference_mode():\n    {core}",
         "with torch.set_grad_enabled({flag}):\n    {core}", "with torch.autocast('cpu', torch.bfloat16):\n    {core}",
         "try:\n    {core}\nexcept ValueError:\n    x = x * 2.0\nfinally:\n    LOG.append('done')", "x = x * {number}",
         "for layer in self.norms:\n    x = {act layer(x)}", "for i in range(len(self.norms)):\n    x = {act self.norms[i](x)}",
@@ -155,11 +155,13 @@ GRAMMAR: dict[str, list[str]] = {
     "decorator": [""] * 12 + ["@wrapped\n", "@torch.no_grad()\n", "@torch.autocast('cpu', torch.bfloat16)\n", "@bare\n"],
     "image": ["image(2, 3, 4, 4)"] * 10 + ["image(2, 3, 4, 4, grad=True)"] * 10 + [
         "image(3, 3, 2, 2)", "image(1, 3, 1, 1)", "image(2, 4, 4, 4)", "image(2, 3, 4)", "nn.Parameter(image(2, 3, 4, 4))",
-        "image(2, 3, 4, 4).to(memory_format=torch.channels_last)", "image(2, 3, 4, 4).mul(2.0)", "None",
+        "image(2, 3, 4, 4).to(memory_format=torch.channels_last)", "image(2, 3, 4, 4).mul(2.0)", "None", "image(2, 3, 4, 4).as_subclass(Subclass)",
+        "image(0, 3, 4, 4)", "image(2, 3, 4, 4).half()",
     ],
     "invocation": ["model({image})"] * 8 + [
         "model(x={image})", "model({image}, {image})", "model({image}, flag=True)", "model({image}, other={image})", "model()",
         "model({image}, None, True)", "model({image}, 1, 2, 3)", "first_model({image})", "model.forward({image})",
+        "nn.Sequential(nn.Identity(), model)({image})", "torch.func.functional_call(model, model.state_dict(), ({image},))",
     ],
     "call": ["out = {invocation}"] * 8 + [
         "with torch.no_grad():\n    out = {invocation}", "with torch.inference_mode():\n    out = {invocation}",
@@ -403,6 +405,11 @@ CHANGES = [
     "model.items.append(3.0)", "model.items[0] = 4.0", "model.table['k'] = 4.0", "model.names.add('aux')",
     "model.config.scale = 3.0", "module.Config.scale = 3.0", "model.array[0] = 3.0", "model.nested[0][0] = 3.0",
     "model.offset.fill_(2.0)", "model.weights.data.fill_(2.0)", "model.count.fill_(2.0)", "del model.flag", "del model.maybe",
+    "model.shared = 3.0", "Net.rate = property(lambda self: 3.0)", "Net.forward.__defaults__ = (None, True)", "module.len = lambda value: 7",
+    "Net.helper.__code__ = (lambda self, x, other=None, flag=False: x * 2.0).__code__", "model.relu.__class__ = nn.Tanh",
+    "module.HandGelu.forward = lambda self, value: value * 2.0", "module.Inner.forward = lambda self, value: value * 2.0",
+    "model.relu = None", "model.bn = None", "model._modules['relu'] = nn.Tanh()", "vars(model)['rate'] = 3.0",
+    "vars(model)['relu'] = torch.tanh", "Net.relu = staticmethod(torch.tanh)", "with torch.no_grad():\n    convert(revert(model))",
 ]  # fmt: skip
 
 _HOLE = re.compile(r"\{(" + "|".join(GRAMMAR) + r")(?: ([^{}]*))?\}")

@@ -4,15 +4,22 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import importlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import tritonbn
-from tests.fusing import CHANNELS, converted, convolution, images, net, norm
+from tests.fusing import CHANNELS, body, converted, convolution, images, net, norm
 from tests.parity import random
 from tritonbn.fold import Folded
+from tritonbn.fused_forward import is_installed
+
+fold_module: Any = importlib.import_module("tritonbn.fold")
 
 
 def used(model: Any, *shape: int) -> Any:
@@ -65,7 +72,7 @@ def test_residual_block(prepare: Callable[[Any], Any]) -> None:
     model = used(prepare(net(forward)))
     folded = tritonbn.fold(model)
     assert statuses(folded) == ["folded", "folded"]
-    assert "forward" not in vars(folded)
+    assert not is_installed(folded)
     torch.testing.assert_close(folded(images()), model(images()))
 
 
@@ -84,7 +91,7 @@ def test_what_is_left_stays_fused() -> None:
     folded = tritonbn.fold(model)
     assert statuses(folded) == ["folded", "replaced"]
     assert tritonbn.report(folded).rows[1].fused == "relu"
-    assert vars(folded)["forward"].module is folded
+    assert is_installed(folded)
     torch.testing.assert_close(folded(images()), model(images()))
 
 
@@ -110,21 +117,86 @@ def weight_read(self: Any, x: Tensor) -> Any:
     return self.bn(self.conv(x)) + self.conv.weight.mean()
 
 
-MORE_THAN_ONCE = "not folded: it, or the layer before it, is used more than once"
+def optional(self: Any, x: Tensor, raw: bool = False) -> Any:
+    y = self.conv(x)
+    return y if raw else self.bn(y)
+
+
+def optional_tensor(self: Any, x: Tensor, skip: Any = None) -> Any:
+    y = self.bn(self.conv(x))
+    return y if skip is None else y + self.conv(skip)
+
+
+def flagged(self: Any, x: Tensor) -> Any:
+    y = self.conv(x)
+    return self.bn(y) if self.use_bn else y
+
+
+def in_a_closure(self: Any, x: Tensor) -> Any:
+    return checkpoint(lambda x: self.conv(x), x, use_reentrant=False) + self.bn(self.conv(x))
+
+
+def by_its_parts(self: Any, x: Tensor) -> Any:
+    y = self.bn(self.conv(x))
+    for module in self.children():
+        if isinstance(module, nn.Conv2d):
+            y = y + module(x)
+    return y
+
+
+def with_flag(forward: Any) -> Any:
+    model = net(forward)
+    model.use_bn = True
+    return model
+
+
+def with_method(model: Any) -> Any:
+    """A method besides the forward that shows what the layer returns."""
+
+    def features(self: Any, x: Tensor) -> Any:
+        return self.conv(x)
+
+    type(model).features = features
+    return model
+
+
+def with_list(model: Any) -> Any:
+    vars(model)["every"] = [{"first": model.conv}]
+    return model
+
+
+def with_closure(model: Any) -> Any:
+    conv = model.conv
+    vars(model)["function"] = lambda x: conv(x)
+    return model
+
+
+class Parent(nn.Module):
+    """Calls the layer of its child besides."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.block, self.how = body(nn.ReLU()), how
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.block(x)
+        if y.sum() > -1e9:
+            y = y + F.conv2d(x, self.block[0].weight, padding=1)
+        return y
+
+
 NO_LAYER = "not folded: its input is not what one convolution or linear layer returns"
+ELSEWHERE = "not folded: the output of the layer before it goes elsewhere, too"
 NOT_FOLDED: dict[str, tuple[Callable[[], Any], str]] = {
     "norm-first": (lambda: net(lambda self, x: self.bn(x)), NO_LAYER),
     "activation-between": (lambda: net(lambda self, x: self.bn(self.conv(x).relu())), NO_LAYER),
     "output-used-twice": (lambda: net(conv_used_twice), NO_LAYER),
-    "conv-called-twice": (lambda: net(conv_twice), MORE_THAN_ONCE),
-    "weight-read": (lambda: net(weight_read), MORE_THAN_ONCE),
-    "norm-called-twice": (
-        lambda: net(lambda self, x: self.bn(self.conv(self.bn(self.conv2(x))))),
-        MORE_THAN_ONCE,
-    ),
+    "conv-called-twice": (lambda: net(conv_twice), ELSEWHERE),
+    "weight-read": (lambda: net(weight_read), "not folded: its .weight is read, or that of the layer before it"),
+    "norm-called-twice": (lambda: net(lambda self, x: self.bn(self.conv(self.bn(self.conv2(x))))), NO_LAYER),
     "two-names": (
         lambda: net(lambda self, x: self.bn(self.conv(x)), **dict.fromkeys(("conv", "same"), convolution())),
-        MORE_THAN_ONCE,
+        "not folded: it, or the layer before it, has a second name",
     ),
     "parametrized": (lambda: net(lambda self, x: self.bn(self.conv(x)), conv=parametrized()), NO_LAYER),
     "hook-on-conv": (
@@ -145,34 +217,158 @@ NOT_FOLDED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         NO_LAYER,
     ),
-    "data-dependent": (
-        lambda: net(lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else x),
-        "not folded: no forward that can be followed calls it",
+    "data-dependent": (lambda: net(lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else self.bn(x)), NO_LAYER),
+    "optional-argument": (lambda: net(optional), ELSEWHERE),
+    "optional-tensor": (lambda: net(optional_tensor), ELSEWHERE),
+    "flag": (lambda: with_flag(flagged), ELSEWHERE),
+    "method": (lambda: with_method(net(lambda self, x: self.bn(self.conv(x)))), ELSEWHERE),
+    "closure-in-forward": (lambda: net(in_a_closure), "not folded: its container, or the layer before it, is given to"),
+    "by-its-parts": (lambda: net(by_its_parts), "not folded: its container calls self.children() and what that gives"),
+    "held-by-a-list": (
+        lambda: with_list(net(lambda self, x: self.bn(self.conv(x)))),
+        "not folded: the model.every holds it, or the layer before it, too",
+    ),
+    "held-by-a-closure": (
+        lambda: with_closure(net(lambda self, x: self.bn(self.conv(x)))),
+        "not folded: the model.function holds it, or the layer before it, too",
+    ),
+    "parent-reads-weight": (lambda: Parent(0), "not folded: its .weight is read, or that of the layer before it"),
+    "forward-without-source": (
+        lambda: net(from_text("lambda self, x: self.bn(self.conv(x))")),
+        "not folded: the forward of its container has no source code",
     ),
 }
+
+
+def from_text(text: str) -> Any:
+    return eval(text)
 
 
 @pytest.mark.parametrize(("make", "why"), NOT_FOLDED.values(), ids=NOT_FOLDED)
 def test_not_folded_and_said_why(make: Callable[[], Any], why: str) -> None:
     model = used(make())
     folded = tritonbn.fold(model)
-    row = next(row for row in tritonbn.report(folded).rows if row.name == "bn")
-    assert row.folds == why
+    row = next(row for row in tritonbn.report(folded).rows if row.name in ("bn", "block.1"))
+    assert row.folds.startswith(why)
     torch.testing.assert_close(folded(images()), model(images()))
 
 
 def test_shared_parameter_is_not_folded() -> None:
     model = net(lambda self, x: self.bn(self.conv(x)))
     model.conv2.weight = model.conv.weight
-    assert tritonbn.report(used(model)).rows[0].folds == MORE_THAN_ONCE
+    assert "shares parameters" in tritonbn.report(used(model)).rows[0].folds
 
 
-def test_linear_with_more_dimensions_is_refused_once_folded() -> None:
+def test_folded_although_code_reads_what_cannot_be_known() -> None:
+    model = used(net(lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else x))
+    assert statuses(tritonbn.fold(model, images())) == ["folded", "convertible"]
+
+
+OTHER_DIMENSIONS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {
+    "linear": (nn.Linear(4, 3), (5, 4), (2, 3, 4)),
+    "conv1d-unbatched": (nn.Conv1d(2, 3, 3, padding=1), (2, 2, 3), (2, 3)),
+    "transposed-unbatched": (nn.ConvTranspose1d(2, 3, 3, padding=1), (2, 2, 3), (2, 3)),
+}
+
+
+@pytest.mark.parametrize(("layer", "usual", "other"), OTHER_DIMENSIONS.values(), ids=OTHER_DIMENSIONS)
+def test_channels_elsewhere_are_normalized_as_before(layer: Any, usual: Any, other: Any) -> None:
+    torch.manual_seed(0)
+    bn = nn.BatchNorm1d(3)
+    nn.init.uniform_(bn.weight, 0.5, 1.5), nn.init.uniform_(bn.bias, -1, 1)
+    model = used(nn.Sequential(layer, bn), *usual)
+    folded = tritonbn.fold(model, random(*usual))
+    assert statuses(folded) == ["folded"]
+    for shape in (usual, other):
+        torch.testing.assert_close(folded(random(*shape)), model(random(*shape)), rtol=1e-9, atol=1e-9)
+
+
+def test_what_raised_before_raises_after_in_the_same_words() -> None:
     model = used(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), 5, 4)
     folded = tritonbn.fold(model)
-    model(random(2, 3, 4))
-    with pytest.raises(ValueError, match=r"^folded for 2D input \(got 3D input\)$"):
-        folded(random(2, 3, 4))
+    for shape, error in (((2, 5, 4), RuntimeError), ((2, 3, 4, 4), ValueError)):
+        with pytest.raises(error) as theirs:
+            model(random(*shape))
+        with pytest.raises(error) as ours:
+            folded(random(*shape))
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_weight_too_small_to_be_undone_is_not_folded_where_that_may_be_needed() -> None:
+    bn = nn.BatchNorm1d(3)
+    nn.init.zeros_(bn.weight)
+    model = used(nn.Sequential(nn.Linear(4, 3), bn), 5, 4)
+    assert "too small to be undone" in tritonbn.report(model).rows[0].folds
+    torch.testing.assert_close(tritonbn.fold(model)(random(2, 3, 4)), model(random(2, 3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    model = used(nn.Sequential(convolution(), norm())).to(dtype)
+    conv, bn = copy.deepcopy(model).double()
+    scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+    folded = tritonbn.fold(model)[0]
+    exact = {
+        "weight": conv.weight * scale.view(-1, 1, 1, 1),
+        "bias": (conv.bias - bn.running_mean) * scale + bn.bias,
+    }
+    for name, expected in exact.items():
+        error = (getattr(folded, name).double() - expected).abs() / expected.abs()
+        assert error.max() <= 0.51 * torch.finfo(dtype).eps, name
+
+
+class Nested(nn.Sequential):
+    """As MONAI's: the norm one Sequential further down."""
+
+    def __init__(self) -> None:
+        super().__init__(convolution(), nn.Sequential(norm(), nn.LeakyReLU(0.1)))
+
+
+class Twice(nn.Module):
+    """As nnU-Net's: each under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = convolution(), norm()
+        self.all_modules = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.all_modules(x)
+
+
+@pytest.mark.parametrize("kind", [Nested, Twice])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_layouts_of_others_are_folded(kind: Any, fuse: bool) -> None:
+    torch.manual_seed(0)
+    model = tritonbn.convert(used(nn.Sequential(kind(), kind())), fuse=fuse)
+    folded = tritonbn.fold(model, images())
+    assert statuses(folded) == ["folded", "folded"]
+    torch.testing.assert_close(folded(images()), model(images()))
+
+
+def test_example_that_differs_raises_with_the_layers_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: Any, norm: Any, layer: Any, into: str) -> Any:
+        rest = real(model, norm, layer, into)
+        layer.bias.data.add_(1e-3)
+        return rest
+
+    real = fold_module._fold
+    monkeypatch.setattr(fold_module, "_fold", wrong)
+    model = used(nn.Sequential(convolution(), nn.ReLU(), body()))
+    tritonbn.fold(model)
+    with pytest.raises(ValueError, match=r"^expected equal outputs of 2\.1 before and after folding, got a difference of "):
+        tritonbn.fold(model, images())
+
+
+def test_example_is_given_to_both_as_it_is() -> None:
+    model = used(nn.Sequential(convolution(), norm(), nn.ReLU(inplace=True)))
+    example, state = images(), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    tritonbn.fold(model, example)
+    torch.testing.assert_close(example, images(), rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_training_mode_raises_with_names() -> None:
@@ -194,7 +390,8 @@ def test_report_before_and_after() -> None:
     assert str(tritonbn.report(folded)).splitlines() == [
         "module  type                  status       fused with  why",
         "1       tritonbn.fold.Folded  folded       -           into 0",
-        f"3       torch.nn.BatchNorm2d  convertible  -           convert makes it tritonbn.BatchNorm2d; {NO_LAYER}",
+        "3       torch.nn.BatchNorm2d  convertible  -           convert makes it tritonbn.BatchNorm2d; "
+        f"its output is returned; {NO_LAYER}",
         "2 found: 0 replaced, 0 fused, 1 convertible, 0 left alone, 1 folded",
     ]
     assert repr(folded[1]) == "Folded(into=0)"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,13 +112,17 @@ def backward(
 class Surgery(NamedTuple):
     """What is tested."""
 
-    convert: Callable[[nn.Module], Any] = functools.partial(tritonbn.convert, fuse=True)
-    revert: Callable[[nn.Module], Any] = tritonbn.revert
-    report: Callable[[nn.Module], Any] = tritonbn.report
+    convert: Callable[[nn.Module], object] = functools.partial(tritonbn.convert, fuse=True)
+    revert: Callable[[nn.Module], object] = tritonbn.revert
+    report: Callable[[nn.Module], object] = tritonbn.report
 
 
 def same(model: nn.Module) -> nn.Module:
     return model
+
+
+class Subclass(Tensor):
+    """Of tensors: results are of this type, too."""
 
 
 class Side:
@@ -135,11 +139,17 @@ class Side:
                 nn.init.uniform_(tensor, 0.5, 1.5)
         self.inputs: list[Tensor] = []
         self.seen: list[str] = []
-        tools = (self.image, self.backward, self.recorded, self.watched)
+        self.surgery, self.added, self.models = surgery, set[str](), [model]
+        tools = (self.image, self.backward, self.recorded, self.watched, self.convert, Subclass)
         self.names: dict[str, Any] = {
             **vars(self.module), **surgery._asdict(), **{tool.__name__: tool for tool in tools}, "module": self.module,
             "model": model, "first_model": model, "out": None, "handles": [], "pickle": pickle,
         }  # fmt: skip
+
+    def convert(self, model: nn.Module) -> None:
+        before = [(module, set(vars(module))) for module in model.modules()]
+        self.surgery.convert(model)
+        self.added.update(*(vars(module).keys() - names for module, names in before))
 
     def image(self, *shape: int, grad: bool = False) -> Tensor:
         """Other values at each call, in the dtype of the model."""
@@ -181,6 +191,8 @@ class Side:
             except Exception as error:
                 text = re.sub("0x[0-9a-f]+", "0x", str(error)).replace(self.module.__name__, "generated")
                 raised = type(error).__name__, text
+        if self.names["model"] is not self.models[-1]:
+            self.models.append(self.names["model"])
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         torch.set_grad_enabled(True)
         generators = torch.get_rng_state(), hash(random.getstate()), np.random.get_state(legacy=False)
@@ -204,7 +216,7 @@ class Comparison:
     Attributes of modules with an ignored name are not looked at. `exact`: torch's types are to be the same ones.
     """
 
-    def __init__(self, tolerance: float, ignored: frozenset[str] = frozenset(), exact: bool = False) -> None:
+    def __init__(self, tolerance: float, ignored: Collection[str] = (), exact: bool = False) -> None:
         self.tolerance, self.ignored, self.exact = tolerance, ignored, exact
         self.met: dict[Any, Any] = {}
         self.kept: list[Any] = []  # as ids are of living objects only
@@ -274,7 +286,7 @@ class Comparison:
 
     def attributes(self, path: str, theirs: nn.Module, ours: nn.Module) -> None:
         one, other = vars(theirs), vars(ours)
-        self.equal(f"attributes of {path}", sorted(one.keys() - self.ignored), sorted(other.keys() - self.ignored))
+        self.equal(f"attributes of {path}", *(sorted(names.keys() - self.ignored) for names in (one, other)))
         for name in one.keys() - self.ignored:
             if "hooks" in name:  # their keys are numbers that count all hooks
                 if one[name] or other[name]:
@@ -313,12 +325,9 @@ NONE = Surgery(same, same, same)
 def _check(program: Program, theirs: Side, ours: Side) -> list[str]:
     text = repr(program)
     tolerance = 0.05 if "bfloat16" in text else 1e-4 if "float()" in text or "float32" in text else 1e-9
-    model = ours.names["model"]
-    before = {module: set(vars(module)) for module in model.modules()}
     outcome = ours.does("report(model)\nconvert(model)\nreport(model)")
-    ignored = frozenset().union(*(vars(module).keys() - names for module, names in before.items()))
     Comparison(tolerance).alike("converting", theirs.does(""), outcome)
-    Comparison(tolerance, ignored).alike("converted", theirs.observable(), ours.observable())
+    Comparison(tolerance, ours.added).alike("converted", theirs.observable(), ours.observable())
     errors = []
     for i, action in enumerate(program.actions):
         outcome = theirs.does(action)
@@ -326,11 +335,11 @@ def _check(program: Program, theirs: Side, ours: Side) -> list[str]:
         other = ours.does(action)
         if action.startswith("backward") and outcome["raised"]:
             return errors  # we may succeed where torch misses something that we do not need
-        Comparison(tolerance, ignored).alike(f"{i}: {action}", outcome, other)
+        Comparison(tolerance, ours.added).alike(f"{i}: {action}", outcome, other)
         if "out" in action:
-            Comparison(tolerance, ignored).alike(f"{i}: {action}", theirs.observable(), ours.observable())
-    outcome = ours.does("revert(model)\nrevert(first_model)")
-    Comparison(tolerance).alike("reverting", theirs.does(""), outcome)
+            Comparison(tolerance, ours.added).alike(f"{i}: {action}", theirs.observable(), ours.observable())
+    for model in ours.models:
+        ours.surgery.revert(model)
     Comparison(tolerance, exact=True).alike("reverted", theirs.observable(), ours.observable())
     return errors
 

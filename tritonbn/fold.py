@@ -114,12 +114,13 @@ def fold(model: Model, *example: Any) -> Model:
     training = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
     if training:
         raise ValueError(f"expected batch norm in evaluation mode, call model.eval() first: {', '.join(training)}")
+    names = {module: name for name, module in model.named_modules()}
     folded = copy.deepcopy(model)
-    names = {module: name for name, module in folded.named_modules()}
+    copies = dict(zip(model.modules(), folded.modules(), strict=True))
     changed: dict[str, nn.Module] = {}
-    for norm, layer in folds(folded).items():
+    for norm, layer in folds(model).items():
         if isinstance(layer, nn.Module):
-            changed[names[norm]] = _fold(folded, norm, layer, names[layer])
+            changed[names[norm]] = _fold(folded, copies[norm], copies[layer], names[layer])
     fuse(folded)
     if example:
         _compare(model, folded, changed, example)
@@ -434,7 +435,7 @@ def _is_undone(scale: Tensor, shift: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, norm: _BatchNorm, layer: Any, into: str) -> nn.Module:
+def _fold(model: nn.Module, norm: Any, layer: Any, into: str) -> nn.Module:
     """Fold a norm into the layer before it: weight * scale, bias * scale + shift. What takes its place."""
     scale, shift = _affine(norm)
     dtype = torch.promote_types(scale.dtype, layer.weight.dtype)

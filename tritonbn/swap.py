@@ -52,5 +52,5 @@ def _reclass(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]]) -> No
     for module in model.modules():
         # Exactly these types: a subclass may have another forward or another layout.
         target = to.get(unsharded(type(module)))
-        if target is not None and "forward" not in vars(module):
+        if target is not None and (to is TORCHS or "forward" not in vars(module)):
             reclass(module, target)
