@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import tritonbn
 from tests.fusing import CHANNELS, assert_trains_alike, body, converted, convolution, fused_in, images, net, norm
 
-
 Forward = Callable[..., Any]
 
 
@@ -330,7 +329,10 @@ FUSED_AS_WRITTEN: dict[str, tuple[Forward, list[str]]] = {
     "autocast": (with_autocast_off, ["relu"]),
     "generator": (with_generator, ["relu"]),
     "ordered-dict": (ordered, ["relu"]),
-    "hasattr-of-intermediate": (lambda self, x: self.bn(x).relu() if not hasattr(self.bn2(x), "o") else x, ["", "relu"]),
+    "hasattr-of-intermediate": (
+        lambda self, x: self.bn(x).relu() if not hasattr(self.bn2(x), "o") else x,
+        ["", "relu"],
+    ),
     "prints": (lambda self, x: self.bn(x).relu() if f"{x}" else x, ["relu"]),
     "catches": (catches_refusal, ["relu"]),
     "raises-from-itself": (raises_from_itself, ["relu"]),
@@ -339,7 +341,7 @@ FUSED_AS_WRITTEN: dict[str, tuple[Forward, list[str]]] = {
     "any-number-of-arguments": (any_number, ["relu"]),
     "square-root-by-numpy": (lambda self, x: self.bn(x).relu() * np.sqrt(2), ["relu"]),
     "called-between": (called_between, ["", "sigmoid"]),
-    "module-list": (lambda self, x: [x := layer(x) for layer in (self.conv,)][0] + self.bn(x).relu(), ["relu"]),
+    "comprehension": (lambda self, x: sum([layer(x) for layer in (self.conv,)]) + self.bn(x).relu(), ["relu"]),
 }
 
 
@@ -359,10 +361,16 @@ def test_whatever_else_a_forward_does_it_does_at_each_call(forward: Forward, exp
 
 NOT_FUSED: dict[str, tuple[Forward, str]] = {
     "used-twice": (used_later, "its output is used several times (test_fusion_patterns.py:"),
-    "added-to-itself": (lambda self, x: operator.add(*[self.bn(x)] * 2), "its output is kept in [self.bn(x)] (test_fus"),
+    "added-to-itself": (
+        lambda self, x: operator.add(*[self.bn(x)] * 2),
+        "its output is kept in [self.bn(x)] (test_fus",
+    ),
     "returned": (lambda self, x: self.bn(x), "its output is returned"),
     "returned-in-list": (lambda self, x: [self.bn(x)], "its output is kept in [self.bn(x)] (test_fusion_patterns.py:"),
-    "other-module": (lambda self, x: self.conv2(self.bn(x)).relu(), "its output goes to self.conv2 (test_fusion_patterns"),
+    "other-module": (
+        lambda self, x: self.conv2(self.bn(x)).relu(),
+        "its output goes to self.conv2 (test_fusion_patterns",
+    ),
     "other-function": (lambda self, x: torch.cat([self.bn(x), x]).relu(), "its output is kept in [self.bn(x), x]"),
     "add-scaled": (lambda self, x: torch.add(x, self.bn(x), alpha=2), "its output goes to torch.add"),
     "add-number": (lambda self, x: (self.bn(x) + 1).relu(), "its output is added to what is no tensor"),
@@ -376,7 +384,10 @@ NOT_FUSED: dict[str, tuple[Forward, str]] = {
     "checkpoint": (checkpointed, "it is called in a way that is not followed (test_fusion_patterns.py:"),
     "isinstance-of-intermediate": (asks_type, "its output is used several times"),
     "writes-to-part": (writes_to_part, "'y[0] = 1' comes between it and what follows"),
-    "iterates": (lambda self, x: torch.stack([self.bn(y).relu() for y in (x, *x[None])]), "in a way that is not followed"),
+    "iterates": (
+        lambda self, x: torch.stack([self.bn(y).relu() for y in (x, *x[None])]),
+        "in a way that is not followed",
+    ),
     "method-of-child": (lambda self, x: self.relu.forward(self.bn(x)), "its output goes to self.relu.forward"),
     "module-from-elsewhere": (lambda self, x: nn.ReLU()(self.bn(x)), "its output goes to nn.ReLU()"),
     "named-argument-to-norm": (lambda self, x: self.bn(input=x).relu(), "it is called in a way that is not followed"),
@@ -411,11 +422,16 @@ def test_residual_that_is_written_after_the_add_is_added_before() -> None:
 
 
 def test_one_report_of_six_refused_forwards_names_what_and_where() -> None:
-    six = ("input-changed", "statistics-read-between", "drawn-between", "kept-in-a-closure", "used-twice", "writes-to-part")
+    six = (
+        "input-changed",
+        "statistics-read-between",
+        "drawn-between",
+        "kept-in-a-closure",
+        "used-twice",
+        "writes-to-part",
+    )
     lines = str(tritonbn.report(nn.ModuleList([net(NOT_FUSED[name][0]) for name in six]))).splitlines()
     for i, name in enumerate(six):
         line = next(line for line in lines if line.startswith(f"{i}.bn "))
         assert NOT_FUSED[name][1] in line
         assert "(test_fusion_patterns.py:" in line
-
-

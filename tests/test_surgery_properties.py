@@ -5,7 +5,6 @@ converted. After each of its actions everything that can be observed is compared
 """
 
 import contextlib
-import copy
 import functools
 import io
 import itertools
@@ -26,22 +25,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import Phase, find, given, settings
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import tritonbn
 from tests.fusing import together
-from tests.generated_forwards import CLASS, GLOBALS, Program, ingredients, program_with, programs
+from tests.generated_forwards import CLASS, GLOBALS, PATIENT, Program, ingredients, program_with, programs
 from tritonbn import launch, reference
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Gradients, Saved, Wanted
 
-PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
-# python -m pytest -p tests.test_surgery_properties --hypothesis-profile=deep tests/test_surgery_properties.py
-settings.register_profile("deep", PATIENT, max_examples=100_000)
+# For an hour: python -m pytest -p tests.generated_forwards --hypothesis-profile=deep tests/test_surgery_properties.py
 DEEP = settings.get_current_profile_name() == "deep"
-PROFILE = settings(PATIENT, max_examples=100_000) if DEEP else settings(PATIENT, max_examples=2000, derandomize=True)
+PROFILE = settings.default if DEEP else settings(PATIENT, max_examples=1500, derandomize=True)
 FOLDER = tempfile.TemporaryDirectory(prefix="tritonbn-generated-")
 NUMBERS = itertools.count()
 
@@ -94,7 +91,9 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """`launch.backward`."""
     x, weight, bias, residual, bits, mean, rstd = (t if t is None else t.detach() for t in saved)
-    assert x is not None and mean is not None and rstd is not None
+    assert x is not None
+    assert mean is not None
+    assert rstd is not None
     if bits is not None:
         dy, activation, residual = dy * bits, IDENTITY, None
     with torch.enable_grad():
@@ -121,6 +120,9 @@ def same(model: nn.Module) -> nn.Module:
     return model
 
 
+NONE = Surgery(same, same, same)
+
+
 class Subclass(Tensor):
     """Of tensors: results are of this type, too."""
 
@@ -140,7 +142,7 @@ class Side:
         self.inputs: list[Tensor] = []
         self.seen: list[str] = []
         self.surgery, self.added, self.models = surgery, set[str](), [model]
-        tools = (self.image, self.backward, self.recorded, self.watched, self.convert, Subclass)
+        tools: tuple[Any, ...] = (self.image, self.backward, self.recorded, self.watched, self.convert, Subclass)
         self.names: dict[str, Any] = {
             **vars(self.module), **surgery._asdict(), **{tool.__name__: tool for tool in tools}, "module": self.module,
             "model": model, "first_model": model, "out": None, "handles": [], "pickle": pickle,
@@ -233,7 +235,7 @@ class Comparison:
             return
         self.equal(f"type of {path}", self.kind(type(theirs)), self.kind(type(ours)))
         if isinstance(theirs, (float, np.number, np.ndarray)):
-            if not (np.array_equal(theirs, ours) or np.allclose(theirs, ours, *[self.tolerance] * 2, equal_nan=True)):
+            if not (np.array_equal(theirs, ours) or np.allclose(theirs, ours, self.tolerance, self.tolerance, True)):
                 self.differ(path, theirs, ours)
         elif isinstance(theirs, (int, str, type(None), torch.dtype, torch.Size, set)):
             self.equal(path, theirs, ours)
@@ -311,15 +313,12 @@ def check(program: Program, surgery: Surgery) -> list[str]:
         path.write_text(program.source)
     try:
         code = compile(program.source, str(path) if program.in_file else "<string>", "exec")
-        return _check(program, *(Side(*given) for given in (("theirs__", code, NONE), ("ours__", code, surgery))))
+        return _check(program, Side("theirs__", code, NONE), Side("ours__", code, surgery))
     finally:
         for name in ("theirs__", "ours__"):
             sys.modules.pop(name, None)
         linecache.cache.pop(str(path), None)
         path.unlink(missing_ok=True)
-
-
-NONE = Surgery(same, same, same)
 
 
 def _check(program: Program, theirs: Side, ours: Side) -> list[str]:

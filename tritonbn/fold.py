@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -25,17 +25,18 @@ from tritonbn.types import (
     WITH_RESIDUAL,
     batch_norms,
     check_module,
+    class_of,
     is_bare,
     is_sequential,
-    original,
     unsharded,
-)
-from tritonbn.uses import OTHER, Known, Values, Waiting, Walk, callers, fuse
+)  # fmt: skip
+from tritonbn.uses import OTHER, Frame, Known, Values, Waiting, Walk, callers, fuse
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # The number of dimensions of what each returns, the channels being dimension 1, and the norms that take those. Exactly
 # these types.
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
 DIMENSIONS: dict[type[nn.Module], tuple[int, type[nn.Module]]] = {
     nn.Linear: (2, nn.BatchNorm1d),
     nn.Conv1d: (3, nn.BatchNorm1d),
@@ -47,7 +48,7 @@ DIMENSIONS: dict[type[nn.Module], tuple[int, type[nn.Module]]] = {
 }
 
 
-_RETURNED = "the output of the layer before it is returned"
+_NO_LAYER = "its input is not what one convolution or linear layer returns"
 # Methods of nn.Module by which a function reaches modules that it does not name.
 _PARTS = ("modules", "named_modules", "children", "named_children", "get_submodule")
 
@@ -98,7 +99,7 @@ class Folded(nn.Module):
 def fold(model: Model, *example: Any) -> Model:
     """A copy of a model in evaluation mode with its batch norms folded into the convolutions and linear layers before.
 
-    Folded are batch norms with running statistics whose input is always what one nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d
+    Folded are batch norms with running statistics whose input is always what one convolution, transposed convolution
     or nn.Linear returns, where nobody else gets that: by all code of the containers above, whatever their arguments and
     flags. Not folded is what is watched by a hook, shares parameters, or is held by another attribute, list or closure.
     The layer gets their weights, computed in float32 (float64) and rounded once, and a bias if it had none; a small
@@ -148,7 +149,7 @@ def folds(model: nn.Module) -> dict[_BatchNorm, nn.Module | str]:
         if isinstance(layer, str):
             return layer
         if type(layer) not in DIMENSIONS or not isinstance(norm, DIMENSIONS[type(layer)][1]) or not _fits(layer, norm):
-            return "its input is not what one convolution or linear layer returns"
+            return _NO_LAYER
         for module in (norm, layer):
             if module in held:
                 return f"{held[module]} holds it, or the layer before it, too"
@@ -182,73 +183,50 @@ class _Ways(Walk):
     What is followed is the code written anew: there, a value is used once, or finished first.
     """
 
+    limit = 1_000_000
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.limit = 1_000_000
         self.inputs: dict[nn.Module, set[nn.Module | None]] = {}  # of norms: the layers that returned them
-        self.escapes: dict[nn.Module, str] = {}  # layers and norms that something else may reach, and how
+        self.escapes: dict[nn.Module, str] = {}  # what something else may reach, and how
         self.entered: set[nn.Module] = set()  # containers whose forward was followed from a caller
         self.called_otherwise: set[nn.Module] = set()  # containers that somebody gives what is not known
-        self.reached: tuple[nn.Module, str] | None = None  # whose parts a function looks for, and how
+        self.reached: list[tuple[nn.Module, str]] = []  # whose parts a function looks for, and how
         self.unknown = False  # whether it calls what is not known with one argument
-        containers = list(callers(model.modules()))
+        containers = callers(model)
         for module in containers:
-            self.functions_of(module)
+            self.follow_functions(module)
         for module in containers:  # the model first
             if module not in self.entered or module in self.called_otherwise:
-                self.finished(self.module(module, (OTHER,)), _RETURNED)
+                self.finished(self.module(module, (OTHER,)), "")
         if self.steps > self.limit:
             self.escape(model, "its containers' code is too long to be followed")
 
     def layer_before(self, norm: nn.Module) -> nn.Module | str:
         """The layer whose output is all that the norm ever gets, and that gives it to nobody else; or why none is."""
-        layers = self.inputs.get(norm)
-        if norm in self.escapes:
-            return self.escapes[norm]
-        if layers is None:
-            return "no forward that can be followed calls it"
-        (layer,) = layers if len(layers) == 1 else (None,)
-        if layer is None:
-            return "its input is not what one convolution or linear layer returns"
-        return self.escapes.get(layer, layer)
+        layers = self.inputs.get(norm, set())
+        if norm in self.escapes or not layers:
+            return self.escapes.get(norm, "no forward that can be followed calls it")
+        layer = layers.pop() if len(layers) == 1 else None
+        return _NO_LAYER if layer is None else self.escapes.get(layer, layer)
 
-    def functions_of(self, module: nn.Module) -> None:
-        """Follow what may call its layers besides its forward; whether that can be followed."""
-        kind = original(unsharded(type(module)))
+    def follow_functions(self, module: nn.Module) -> None:
+        """What may call its layers besides its forward, and whether that can be followed."""
+        kind = class_of(module)
         if "forward" in vars(module):
             self.escape(module, "the forward of its container was replaced")
         elif kind.forward is not nn.Sequential.forward and isinstance(why := opened_forward(kind), str):
             self.escape(module, f"the forward of its container {why}")
         for name, function in _functions(kind):
+            bound = not isinstance(inspect.getattr_static(kind, name), staticmethod)
             if function is kind.forward:
                 continue
-            bound = not isinstance(inspect.getattr_static(kind, name), staticmethod)
-            opened = opened_or_why(function, bound)
-            if isinstance(opened, str):
+            if isinstance(opened := opened_or_why(function, bound), str):
                 self.escape(module, f"{kind.__name__}.{name} {opened}")
                 continue
             self.modules.append(module)
-            self.finished(self.body(opened, [(Known(module),)] if bound else [], {}), _RETURNED)
+            self.finished(self.body(opened, [(Known(module),)] * bound, {}), "")
             self.modules.pop()
-
-    def module(self, module: nn.Module, x: Values) -> Values:
-        if (
-            module in self.modules
-            or "forward" in vars(module)
-            or not (is_sequential(module) or self.is_followed(module))
-        ):
-            self.finished(x, _RETURNED)
-            return (OTHER,)
-        self.entered.add(module)
-        return super().module(module, x)
-
-    def body(self, opened: Opened, args: list[Values], kwargs: dict[str, Values]) -> Values:
-        before, self.reached, self.unknown = (self.reached, self.unknown), None, False
-        found = super().body(opened, args, kwargs)
-        if self.reached is not None and self.unknown:
-            self.escape(*self.reached)
-        self.reached, self.unknown = before
-        return found
 
     def escape(self, module: nn.Module, why: str) -> None:
         for inner in module.modules():
@@ -258,162 +236,139 @@ class _Ways(Walk):
         """Whatever a caller might give."""
         return (OTHER,)
 
+    def module(self, module: nn.Module, x: Values) -> Values:
+        if (
+            module in self.modules
+            or "forward" in vars(module)
+            or not (is_sequential(module) or self.is_followed(module))
+        ):
+            self.finished(x, "")
+            return (OTHER,)
+        self.entered.add(module)
+        return super().module(module, x)
+
+    def body(self, opened: Opened, args: list[Values], kwargs: dict[str, Values]) -> Values:
+        outer, self.reached, self.unknown = (self.reached, self.unknown), [], False
+        found = super().body(opened, args, kwargs)
+        for module, why in self.reached if self.unknown else ():
+            self.escape(module, why)
+        self.reached, self.unknown = outer
+        return found
+
     def attribute(self, owner: Any, name: str) -> Values:
         """Flags may be changed, and what is read of a layer or norm may be its weight."""
-        if isinstance(owner, Known) and isinstance(owner.value, nn.Module):
-            module = owner.value
-            if type(module) in DIMENSIONS or isinstance(module, _BatchNorm):
-                self.escape(module, f"its .{name} is read, or that of the layer before it")
-            elif name in ("_modules", "__dict__"):
-                self.escape(module, f"the .{name} of its container is read")
-            if name == "training":
-                return (Known(module.training),)
-            found = super().attribute(owner, name)
-            plain = name not in module._modules and not _is_code(found)
-            return (OTHER,) if plain and not _holds_modules(found) else found
-        return super().attribute(owner, name)
+        module = owner.value if isinstance(owner, Known) else None
+        found = super().attribute(owner, name)
+        if not isinstance(module, nn.Module) or name == "training":
+            return found
+        if type(module) in DIMENSIONS or isinstance(module, _BatchNorm):
+            self.escape(module, f"its .{name} is read, or that of the layer before it")
+        elif name in ("_modules", "__dict__"):
+            self.escape(module, f"the .{name} of its container is read")
+        values = [value.value for value in found if isinstance(value, Known)]
+        kept = any(isinstance(leaf, (nn.Module, FunctionType, MethodType)) for leaf in tree_leaves(values))
+        return found if kept or name in module._modules else (OTHER,)
 
     def called(self, function: Any, values: Values, why: str) -> Values:
         f = function.value if isinstance(function, Known) else None
         if isinstance(f, nn.Module) and type(f) in DIMENSIONS:
-            self.finished(values, "the output of the layer before it goes to another layer")
+            self.finished(values, why)
             return (Waiting(f, len(self.modules)),)
         if isinstance(f, _BatchNorm):
             layers = {v.norm if isinstance(v, Waiting) and not v.added else None for v in values}
             self.inputs.setdefault(f, set()).update(layers)
             if len(values) > 1:
-                self.finished(values, "the output of the layer before it is not always its input")
+                self.finished(values, why)
             return (OTHER,)
         if isinstance(f, nn.Module) and f._modules:
             return self.module(f, values)
         self.unknown |= f is None
         return super().called(function, values, why)
 
-    def note(self, waiting: Waiting, activation: Activation | None, why: str, *others: nn.Module) -> None:
+    def waiting(self, names: list[ast.expr], functions: Values, frame: Frame, why: str) -> bool:
+        """No matter for folding: what a layer returned stays what it is."""
+        return False
+
+    def note(self, waiting: Waiting, activation: Activation, why: str, *others: nn.Module) -> None:
         """A layer's output goes elsewhere than into a batch norm."""
         self.escape(waiting.norm, "the output of the layer before it goes elsewhere, too")
 
     def finished(self, values: Values, why: str) -> Values:
-        for value in values:
-            if isinstance(value, Known):
-                self.mentioned(value.value)
+        """A module, or a list of some, may be given to what is not followed, too."""
+        for leaf in tree_leaves([value.value for value in values if isinstance(value, Known)]):
+            leaf = leaf.__self__ if isinstance(leaf, MethodType) else leaf
+            if isinstance(leaf, nn.Module):
+                self.escape(leaf, "its container, or the layer before it, is given to a function that is not followed")
         return super().finished(values, why)
 
-    def mentioned(self, value: Any) -> None:
-        """A module, or a list of some, is given to what is not followed."""
-        if isinstance(value, nn.Module):
-            self.escape(value, "its container, or the layer before it, is given to a function that is not followed")
-        elif isinstance(value, MethodType):
-            self.mentioned(value.__self__)
-        elif type(value) in (list, tuple):
-            for item in value:
-                self.mentioned(item)
-
-    def plainly(self, function: Any, args: list[Values], place: str) -> Values:
-        f = function.value if isinstance(function, Known) else None
+    def plainly(self, f: Any, args: list[Values], place: str) -> Values:
         if isinstance(f, nn.Module):
             self.called_otherwise.add(f)
             if not f._modules:
                 self.escape(f, f"it, or the layer before it, is called in a way that is not followed{place}")
         elif isinstance(f, MethodType) and isinstance(f.__self__, nn.Module) and f.__name__ in _PARTS:
-            self.reached = f.__self__, f"its container calls self.{f.__name__}() and what that gives{place}"
-        return super().plainly(function, args, place)
+            self.reached.append((f.__self__, f"its container calls self.{f.__name__}() and what that gives{place}"))
+        return super().plainly(f, args, place)
 
-    def waiting(self, names: list[ast.expr], functions: Values, frame: Any, why: str) -> bool:
-        """No matter for folding: what a layer returned stays what it is."""
-        return False
-
-    def calls(self, e: ast.Call, frame: Any) -> Values:
+    def calls(self, e: ast.Call, frame: Frame) -> Values:
         """A batch norm with a residual is a batch norm of its first argument."""
-        if (
-            isinstance(e.func, ast.Call)
-            and e.args
-            and isinstance(e.args[0], ast.Call)
-            and not isinstance(e.func.func, ast.Call)
-        ):
-            functions = self.value(e.func.args[0], frame) if e.func.args else (OTHER,)
-            first = e.args[0]
+        if isinstance(e.func, ast.Call) and e.func.args and e.args and isinstance(first := e.args[0], ast.Call):
+            functions = self.value(e.func.args[0], frame)
             finishes = isinstance(first.func, ast.Name) and first.func.id == "tritonbn_finish"
             if finishes and all(isinstance(f, Known) and isinstance(f.value, WITH_RESIDUAL) for f in functions):
-                for argument in [*e.args[1:], *[k.value for k in e.keywords]]:
+                for argument in [*e.args[1:], *[keyword.value for keyword in e.keywords]]:
                     self.finished(self.value(argument, frame), "")
-                return self.call(functions, self.value(first.args[0], frame), "")
+                value = self.value(first.args[0], frame)
+                return self.called(functions[0], value, "") if len(functions) == 1 else self.finished(value, "")
         return super().calls(e, frame)
 
-    def parts(self, node: ast.AST, frame: Any) -> Values:
+    def parts(self, node: ast.AST, frame: Frame) -> Values:
         """Functions within functions may call whatever they mention."""
         if isinstance(node, (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own = frame.opened.source.arguments[:1]
             for inner in ast.walk(node):
-                if isinstance(inner, (ast.Attribute, ast.Name)) and isinstance(inner.ctx, ast.Load):
-                    found = self.value(inner, frame)
-                    if not (isinstance(inner, ast.Name) and inner.id in frame.opened.source.arguments[:1]):
-                        self.finished(found, "")
+                if isinstance(inner, ast.Attribute) or (isinstance(inner, ast.Name) and inner.id not in own):
+                    self.finished(self.value(inner, frame), "")
             return (OTHER,)
         return super().parts(node, frame)
 
 
 def _functions(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
-    """The functions of a class and of those it inherits from, but torch's, and those that prepare a module or show it."""
-    for parent in kind.__mro__:
-        if parent.__module__.startswith("torch.") or parent is object:
-            continue
-        for name, value in vars(parent).items():
-            wrapped = (
-                getattr(value, "fget", None) or getattr(value, "func", None)
-                if isinstance(value, (property, cached_property))
-                else value
-            )
-            wrapped = wrapped.__func__ if isinstance(wrapped, (staticmethod, classmethod)) else wrapped
-            if isinstance(wrapped, FunctionType) and (name == "__call__" or not name.startswith("__")):
-                yield name, wrapped
-
-
-def _is_code(values: Values) -> bool:
-    return all(isinstance(v, Known) and isinstance(v.value, (FunctionType, MethodType)) for v in values)
-
-
-def _holds_modules(values: Values) -> bool:
-    return any(isinstance(leaf, nn.Module) for v in values if isinstance(v, Known) for leaf in tree_leaves(v.value))
+    """The functions of a class and of those it inherits from, but torch's and special ones (__init__, __repr__)."""
+    for parent in kind.__mro__[:-1]:
+        for name, value in () if parent.__module__.startswith("torch.") else vars(parent).items():
+            value = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
+            if isinstance(value, FunctionType) and (name == "__call__" or not name.startswith("__")):
+                yield name, value
 
 
 def _held_elsewhere(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Modules that are held by what is no module: lists, dicts, closures and objects that attributes refer to."""
     seen: set[int] = set()
 
-    def walk(value: Any, place: str, depth: int) -> Iterator[tuple[nn.Module, str]]:
+    def walk(value: Any, depth: int) -> Iterator[nn.Module]:
         if isinstance(value, nn.Module):
-            yield value, place
-            return
-        if id(value) in seen or depth > 6 or isinstance(value, (Tensor, type, str, bytes, int, float, type(None))):
-            return
-        seen.add(id(value))
-        inner: list[Any] = []
-        if isinstance(value, dict):
-            inner = [*value, *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            inner = list(value)
-        elif isinstance(value, partial):
-            inner = [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, MethodType):
-            inner = [] if isinstance(value.__self__, nn.Module) and value.__self__._modules else [value.__self__]
-        elif isinstance(value, FunctionType):
-            inner = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
-        elif hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch", "builtins")):
-            inner = list(vars(value).values())
-        for item in inner:
-            yield from walk(item, place, depth + 1)
+            yield value
+        elif id(value) not in seen and depth < 6 and not isinstance(value, (Tensor, type, str, bytes, int, float)):
+            seen.add(id(value))
+            inner: list[Any] = []
+            if isinstance(value, (dict, list, tuple, set, frozenset)):
+                inner = [*value, *(value.values() if isinstance(value, dict) else ())]
+            elif isinstance(value, partial):
+                inner = [value.func, *value.args, *value.keywords.values()]
+            elif isinstance(value, MethodType):  # that of a container is followed as one of its functions
+                inner = [value.__self__] if not getattr(value.__self__, "_modules", None) else []
+            elif isinstance(value, FunctionType):
+                inner = list(inspect.getclosurevars(value).nonlocals.values())
+            elif not type(value).__module__.startswith(("torch", "builtins")):
+                inner = list(getattr(value, "__dict__", {}).values())
+            for item in inner:
+                yield from walk(item, depth + 1)
 
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute not in ("_modules", "_parameters", "_buffers"):
-                yield from walk(value, f"{name or 'the model'}.{attribute}", 0)
-
-
-def _is_full(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+                yield from ((held, f"{name or 'the model'}.{attribute}") for held in walk(value, 0))
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

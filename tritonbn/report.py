@@ -18,9 +18,9 @@ from tritonbn.types import (
     WITH_ACTIVATION,
     WITH_RESIDUAL,
     check_module,
+    class_of,
     is_bare,
     is_norm,
-    original,
     unsharded,
 )
 from tritonbn.uses import RETURNED, Use, callers, uses_of
@@ -112,13 +112,13 @@ class _Fusion:
         }
         self.uses: dict[nn.Module, list[Use]] = {}
         self.refused: dict[str, str] = {}
-        for module in callers(model.modules()):
-            uses, name = uses_of(module), names[module]
-            for use in uses.found:
+        for module in callers(model):
+            uses, refused = uses_of(module)
+            for use in uses:
                 self.uses.setdefault(use.norm, []).append(use)
-            if uses.refused:
-                kind = original(unsharded(type(module))).__name__
-                self.refused[name] = f"{name or 'the model'} ({kind}): its forward {uses.refused}"
+            if refused:
+                above = names[module] or "the model"
+                self.refused[names[module]] = f"{above} ({class_of(module).__name__}): its forward {refused}"
 
     def of(self, name: str, norm: _BatchNorm) -> tuple[str, str]:
         """What a batch norm is fused with, and why not."""

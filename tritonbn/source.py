@@ -1,6 +1,7 @@
 """The syntax tree of a function, if it is really that of its code, and functions made of changed trees."""
 
 import __future__
+
 import ast
 import builtins
 import inspect
@@ -47,17 +48,16 @@ class Source:
         text = ast.unparse(node)
         return text if len(text) <= 40 else f"{text[:37]}..."
 
-    def value(self, name: str) -> Any:
-        """What a name that is not local means in the function now; raises KeyError."""
+    def value(self, name: str, default: Any) -> Any:
+        """What a name that is not local means in the function now."""
         function = self.function
-        if name in function.__code__.co_freevars:
-            try:
-                return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))[
-                    name
-                ].cell_contents
-            except ValueError as error:  # not assigned yet
-                raise KeyError(name) from error
-        return function.__globals__[name] if name in function.__globals__ else vars(builtins)[name]
+        if name not in function.__code__.co_freevars:
+            return function.__globals__.get(name, vars(builtins).get(name, default))
+        cell = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))[name]
+        try:
+            return cell.cell_contents
+        except ValueError:  # not assigned yet
+            return default
 
     def compiled(self, body: list[ast.stmt] | ast.expr, names: Mapping[str, Any]) -> FunctionType:
         """The function with another body, in which `names` mean these values; same globals, closure and defaults."""
@@ -154,15 +154,12 @@ def _compiled(source: Source, body: list[ast.stmt] | ast.expr, free: list[str]) 
     ast.copy_location(inner, node)
     imports: list[ast.stmt] = [ast.Import([ast.alias(name)]) for name in source.imports]
     module = ast.fix_missing_locations(ast.Module([*imports, statement], []))
-    whole = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE_FLAGS, dont_inherit=True)
-    found = whole
-    for name in ([source.class_name] if source.class_name else []) + [
-        "outer",
-        _INNER if isinstance(body, list) else "<lambda>",
-    ]:
-        found = next(c for c in found.co_consts if isinstance(c, CodeType) and c.co_name == name)
-    made = found.replace(co_firstlineno=code.co_firstlineno, co_name=code.co_name)
-    return made.replace(co_qualname=code.co_qualname) if hasattr(code, "co_qualname") else made
+    whole: CodeType = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE_FLAGS, dont_inherit=True)
+    made: Any = whole
+    for name in filter(None, (source.class_name, "outer", _INNER if isinstance(body, list) else "<lambda>")):
+        made = next(c for c in made.co_consts if isinstance(c, CodeType) and c.co_name == name)
+    names = {"co_qualname": getattr(code, "co_qualname")} if hasattr(code, "co_qualname") else {}  # noqa: B009
+    return made.replace(co_firstlineno=code.co_firstlineno, co_name=code.co_name, **names)  # type: ignore[no-any-return]
 
 
 def _same(one: CodeType, other: CodeType) -> bool:

@@ -20,9 +20,9 @@ from tritonbn.modules import TritonBatchNorm
 from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
 # Functions that a forward may call, written anew: they take a Late, and may return one.
-FUNCTIONS: dict[FunctionType, Callable[..., Any]] = {}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 # Forwards that do nothing but call these children of theirs, and add and multiply tensors.
-ONLY_CALLS: dict[FunctionType, frozenset[str]] = {}
+ONLY_CALLS: dict[Any, frozenset[str]] = {}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -71,7 +71,7 @@ def call(function: Any, x: Any) -> Any:
             activation = of_module(function)
             if activation is not None:
                 return _activated(x, activation, function, ())
-            if type(function) in _DROPOUT_MODULES and (not function.training or function.p == 0):
+            if is_idle(function):
                 return x
         opened = getattr(type(function), "tritonbn_opened", None)
         if opened is not None:
@@ -103,7 +103,7 @@ def apply(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             activation = of_method(function)
         else:
             activation = of_call(function, args, kwargs)
-            if any(function is dropout for dropout in DROPOUTS) and _is_idle(*args, **kwargs):
+            if any(function is dropout for dropout in DROPOUTS) and is_idle_call(*args, **kwargs):
                 return x
         if activation is not None:
             return _activated(x, activation, function, args, kwargs)
@@ -127,7 +127,7 @@ def add(how: Any, left: Any, right: Any) -> Any:
     if how == "+":
         return left + right
     if how == "+=":
-        return operator.iadd(left, right)
+        return operator.iadd(left, right)  # type: ignore[no-untyped-call]
     return getattr(left, how)(right) if isinstance(how, str) else how(left, right)
 
 
@@ -237,7 +237,12 @@ def _is_certain(late: Late) -> bool:
     return x.shape[1] == norm.num_features and x.numel() > x.shape[1]
 
 
-def _is_idle(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+def is_idle(module: Any) -> bool:
+    """Whether it is a dropout that returns its input as it is."""
+    return type(module) in _DROPOUT_MODULES and (not module.training or module.p == 0)
+
+
+def is_idle_call(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     """Whether F.dropout(x, p, training, inplace) returns x."""
     return p == 0 or not training
 

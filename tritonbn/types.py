@@ -74,6 +74,11 @@ def original(kind: type[nn.Module]) -> type[nn.Module]:
     return vars(kind).get("tritonbn_original", kind)  # type: ignore[no-any-return]
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class before we, or torch.distributed, made another of it."""
+    return original(unsharded(type(module)))
+
+
 def sharded(kind: type) -> bool:
     """Whether torch.distributed.fsdp.fully_shard made the class: a subclass of (FSDPModule, the module's class)."""
     return [base.__name__ for base in kind.__bases__[:-1]] == ["FSDPModule"]
