@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_module, nop
 from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
@@ -716,3 +719,198 @@ def test_scripted_children_and_bare_norm_are_left_alone() -> None:
     bare = norm()
     assert tritonbn.convert(bare, fuse=True) is bare
     assert not is_installed(bare)
+
+
+class Outer(nn.Module):
+    """Calls a fused block as users do: with keywords, constants, lists and dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Flexible()
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.inner(x, 2.0, flip=True, extras=[x, x], options={"scale": 2}),)
+
+
+class Flexible(Block):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, scale: float = 1.0, *, flip: bool = False, extras: Any = None, options: Any = None
+    ) -> Any:
+        y = self.act(self.bn(self.conv(self.first(x))) + self.shortcut(x))
+        y = y.flip(0) * scale if flip else y * scale
+        y = y if extras is None else y + extras[0] * extras[1]
+        return self.act(self.bn(y)) * (options or {"scale": 1})["scale"]
+
+
+ALL = [*BOTH, "leaky_relu(0.1)"]
+COMPILED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "keyword": (Flexible, {"scale": 3.0, "flip": True}),
+    "list-and-dict": (Flexible, {"extras": [images(), images(1)], "options": {"scale": 3}}),
+    "inner-block": (Outer, {}),
+}
+
+
+@pytest.mark.parametrize(("make", "named"), COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compiled_whole_with_any_arguments(make: Any, named: dict[str, Any], training: bool) -> None:
+    torch.compiler.reset()
+    theirs, ours = make().train(training), converted(make()).train(training)
+    compiled: Any = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with fusions() as seen:
+        mine = compiled(images(), **named)
+    assert seen == ALL
+    torch.testing.assert_close(mine, theirs(images(), **named))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+class Inheriting(Block):
+    def forward(self, x: Tensor, scale: Any = None, *, flip: bool = False) -> Any:
+        return super().forward(x, scale, flip=flip) + self.act(self.bn(x))
+
+
+def test_inherited_forward_is_fused_and_compiles_as_it_was_written() -> None:
+    torch.compiler.reset()
+    ours, theirs = converted(Inheriting()), Inheriting()
+    assert fused_in(ours, images()) == ALL
+    assert_trains_alike(ours, theirs, images())
+    compiled: Any = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), theirs(images()))
+
+
+def test_fake_tensors_and_functorchs_compilers() -> None:
+    ours, expected = converted(Outer()).eval(), Outer().eval()(images())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        assert ours(mode.from_tensor(images()))[0].shape == images().shape
+    graph, _ = aot_export_module(ours, (images(),), trace_joint=False)
+    assert len(graph.graph.nodes) > 5
+    torch.testing.assert_close(aot_module(ours, nop)(images()), expected)
+
+
+class Gelu(nn.Module):
+    """As transformers has them."""
+
+    def __init__(self, act: Any = F.gelu) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(input)
+
+
+class OnlyNorm(nn.Module):
+    """A norm within a module that returns what it returns, as PyG's and many layers' are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = norm()
+
+    def forward(self, x: Tensor, shape: Any = None) -> Tensor:
+        if x.size(0) < 1:
+            raise ValueError("empty")
+        return self.norm(x)
+
+
+def pads(self: Any, x: Tensor) -> Any:
+    """As transformers' MobileNet: numbers of a shape."""
+    height, width = int(x.shape[-2]), int(x.shape[-1])
+    if height % 2 == 0 and width > 1:
+        x = F.pad(x, (0, 1, 0, 1))
+    return self.relu(self.bn(self.conv(x)))
+
+
+def passes_on(self: Any, *args: Any, **named: Any) -> Any:
+    return self.relu(self.inner(*args, **named)) + self.relu(self.bn(args[0]))
+
+
+NOW_FUSED: dict[str, tuple[Any, dict[str, nn.Module], list[str]]] = {
+    "dropout-0": (lambda self, x: self.relu(self.drop(self.bn(x))), {"drop": nn.Dropout(0.0)}, ["relu"]),
+    "dropout-0-function": (lambda self, x: F.relu(F.dropout(self.bn(x), 0.0, self.training)), {}, ["relu"]),
+    "activation-module": (lambda self, x: self.act(self.bn(x)), {"act": Gelu()}, ["gelu"]),
+    "activation-partial": (
+        lambda self, x: self.act(self.bn(x)),
+        {"act": Gelu(functools.partial(F.gelu, approximate="tanh"))},
+        ["gelu_tanh"],
+    ),
+    "norm-wrapper": (lambda self, x: self.relu(self.inner(self.conv(x))), {"inner": OnlyNorm()}, ["relu"]),
+    "norm-wrapper-added": (lambda self, x: F.relu(x + self.inner(self.conv(x))), {"inner": OnlyNorm()}, ["add + relu"]),
+    "reads-shapes": (pads, {}, ["relu"]),
+    "passes-arguments-on": (passes_on, {"inner": OnlyNorm()}, ["", "relu"]),
+}
+
+
+@pytest.mark.parametrize(("forward", "children", "expected"), NOW_FUSED.values(), ids=NOW_FUSED)
+def test_fused_although_a_trace_could_not(forward: Any, children: dict[str, nn.Module], expected: list[str]) -> None:
+    model = net(forward, **children)
+    ours = converted(model)
+    assert fused_in(ours, images()) == expected
+    assert sorted(row.fused for row in tritonbn.report(ours).rows if row.fused) == sorted(filter(None, expected))
+    assert_trains_alike(ours, model, images())
+
+
+def test_dropout_in_evaluation_only() -> None:
+    ours = converted(nn.Sequential(norm(), nn.Dropout(0.5), nn.ReLU()).double())
+    assert fused_in(ours.eval(), images()) == ["relu"]
+    assert fused_in(ours.train(), images()) == [""]
+
+
+SAVING = ["silu", "gelu", "mish", "elu", "tanh", "sigmoid", "softplus", "hardswish", "relu", "leaky_relu"]
+
+
+@pytest.mark.parametrize("name", SAVING)
+@pytest.mark.parametrize("how", ["in-place", "data", "view", "caller"])
+def test_shortcut_that_is_written_after_its_addition(name: str, how: str) -> None:
+    """torch keeps no reference to it, so nothing that is written to it changes a gradient."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        skip = self.down(x)
+        y = getattr(F, name)(self.bn(self.conv(x)) + skip)
+        if how == "in-place":
+            skip.mul_(0.5)
+        elif how == "data":
+            skip.data.mul_(0.5)
+        elif how == "view":
+            skip.view(-1)[::2].zero_()
+        return y, skip
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = net(forward, down=convolution())
+
+        def forward(self, x: Tensor) -> Any:
+            y, skip = self.block(x)
+            if how == "caller":
+                skip.data.add_(1)
+            return y * 1
+
+    model = Caller()
+    ours = converted(model)
+    assert fused_in(ours, images()) == [
+        "add + relu" if name == "relu" else "add + leaky_relu(0.01)" if name == "leaky_relu" else "add"
+    ]
+    assert_trains_alike(ours, model, images())
+
+
+def test_sharded_norm_is_seen_through(tmp_path: Any) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "FSDPModule"):
+        pytest.skip("no fully_shard")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model: Any = converted(nn.Sequential(Block(), Block()))
+        fsdp.fully_shard(model[0].bn, mesh=mesh)
+        fsdp.fully_shard(model[1], mesh=mesh)
+        rows = {row.name: row for row in tritonbn.report(model).rows}
+        assert rows["0.bn"].status == rows["1.bn"].status == "replaced"
+        assert (rows["0.bn"].fused, rows["1.bn"].fused) == ("", BOTH[1])
+        assert "shards it" in rows["0.bn"].alone
+        tritonbn.revert(model)
+        assert isinstance(model[0].bn, fsdp.FSDPModule)
+        assert isinstance(model[0].bn, nn.BatchNorm2d)
+        assert not any(isinstance(module, tritonbn.BatchNorm2d) or is_installed(module) for module in model.modules())
+    finally:
+        torch.distributed.destroy_process_group()

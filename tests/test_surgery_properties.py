@@ -32,13 +32,13 @@ from torch.nn.modules.module import register_module_forward_hook
 import tritonbn
 from tests.fusing import together
 from tests.generated_forwards import CLASS, GLOBALS, PATIENT, Program, ingredients, program_with, programs
-from tritonbn import launch, reference
+from tritonbn import launch
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Gradients, Saved, Wanted
 
 # For an hour: python -m pytest -p tests.generated_forwards --hypothesis-profile=deep tests/test_surgery_properties.py
 DEEP = settings.get_current_profile_name() == "deep"
-PROFILE = settings.default if DEEP else settings(PATIENT, max_examples=1500, derandomize=True)
+PROFILE = settings.get_profile("deep") if DEEP else settings(PATIENT, max_examples=1500, derandomize=True)
 FOLDER = tempfile.TemporaryDirectory(prefix="tritonbn-generated-")
 NUMBERS = itertools.count()
 
@@ -52,27 +52,29 @@ def _formulas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, momentum: float, eps: float, activation: Activation = IDENTITY, keep_bits: bool = False,
-    pooled: bool = True, plan: Any = None,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, momentum: float, eps: float, activation: Activation = IDENTITY, keep_bits: bool = False,
+    *_: object, plan: object = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """`launch.forward`."""
     with torch.no_grad():
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
-        mean, var = reference.batch_statistics(x.to(launch.arithmetic_dtype(x)))
-        return *_epilogue(y, residual, activation, keep_bits), mean, torch.rsqrt(var + eps)
+        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+    return *_epilogue(y, residual, activation, keep_bits), *_statistics(y.new_zeros(1), y.new_zeros(1), eps)
 
 
 def inference(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-    running_var: Tensor, eps: float, activation: Activation = IDENTITY, keep_bits: bool = False, keep: bool = False,
-    plan: Any = None,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, activation: Activation = IDENTITY, keep_bits: bool = False, *_: object,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """`launch.inference`."""
     with torch.no_grad():
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-        rstd = torch.rsqrt(running_var.to(launch.arithmetic_dtype(x)) + eps)
-        return *_epilogue(y, residual, activation, keep_bits), running_mean.to(rstd.dtype, copy=True), rstd
+        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    return *_epilogue(y, residual, activation, keep_bits), *_statistics(mean, var, eps)
+
+
+def _statistics(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `backward` needs of them, in the place of mean and rstd."""
+    return mean.clone(), torch.stack([var.double(), torch.full_like(var, eps, dtype=torch.float64)]).detach()
 
 
 def _epilogue(
@@ -87,25 +89,25 @@ def _epilogue(
 
 def backward(
     dy: Tensor, saved: Saved, training: bool, activation: Activation, parameter_dtype: torch.dtype, wanted: Wanted,
-    pooled: bool = True, plan: Any = None,
+    *_: object,
 ) -> Gradients:  # fmt: skip
     """`launch.backward`."""
-    x, weight, bias, residual, bits, mean, rstd = (t if t is None else t.detach() for t in saved)
-    assert x is not None
+    x, weight, bias, residual, bits, mean, (var, eps) = saved
     assert mean is not None
-    assert rstd is not None
     if bits is not None:
-        dy, activation, residual = dy * bits, IDENTITY, None
+        dy, activation = dy * bits, IDENTITY
+    given = None if training else mean, None if training else var.to(mean.dtype)
     with torch.enable_grad():
-        found = reference.gradients(dy.detach(), x, weight, bias, residual, (mean, rstd), 0.0, activation)
-    dx, dweight, dbias, dresidual = (gradient.detach() for gradient in found)
-    if training:
-        mean, rstd, dweight_, dbias_ = (v.reshape(1, -1, *[1] * (x.dim() - 2)) for v in (mean, rstd, dweight, dbias))
-        scale = rstd if weight is None else rstd * weight.reshape(rstd.shape)
-        dx = (dx - scale * (dbias_ + (x - mean) * rstd * dweight_) / (x.numel() // x.shape[1])).to(x.dtype)
-    parameters = dweight.to(parameter_dtype), dbias.to(parameter_dtype)
-    given = (dx, *parameters, dresidual)
-    return Gradients(*(gradient if want else None for gradient, want in zip(given, wanted, strict=True)))
+        leaves = x, weight, torch.zeros_like(weight) if bias is None and weight is not None else bias, residual
+        x, weight, bias, residual = (t if t is None else t.detach().requires_grad_() for t in leaves)
+        y = F.batch_norm(x, *given, weight, bias, training, 0.0, float(eps[0]))
+        y = activation.apply(y if residual is None else y + residual)
+        inputs = [t for t in (x, weight, bias, residual) if t is not None]
+        found = dict(zip(map(id, inputs), torch.autograd.grad(y, inputs, dy), strict=True))
+    dx, dweight, dbias, dresidual = (found.get(id(t)) for t in (x, weight, bias, residual))
+    parameters = (d if d is None else d.to(parameter_dtype) for d in (dweight, dbias))
+    results = dx, *parameters, dy if bits is not None else dresidual
+    return Gradients(*(result if want else None for result, want in zip(results, wanted, strict=True)))
 
 
 class Surgery(NamedTuple):
@@ -203,13 +205,10 @@ class Side:
 
     def observable(self) -> dict[str, Any]:
         """All that an action may have changed."""
-        held = {"globals": (vars(self.module), GLOBALS), "class": (vars(vars(self.module)["Net"]), CLASS)}
-        return {
-            **{name: self.names[name] for name in ("out", "model", "first_model")},
-            **{name: {n: values[n] for n in table if n in values} for name, (values, table) in held.items()},
-            "inputs": self.inputs,
-            "seen": self.seen,
-        }
+        found = {name: self.names[name] for name in ("out", "model", "first_model")}
+        for table, values in ((GLOBALS, vars(self.module)), (CLASS, vars(vars(self.module)["Net"]))):
+            found.update({name: values[name] for name in table if name in values})
+        return {**found, "inputs": self.inputs, "seen": self.seen}
 
 
 class Comparison:

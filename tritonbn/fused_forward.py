@@ -77,10 +77,16 @@ class _AsOriginal(type):
     """The class of our classes: what is set on one of them is set on the class that it was made of."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        setattr(vars(cls)["tritonbn_original"], name, value)
+        if original(cls) is cls:  # a class that somebody made of ours
+            super().__setattr__(name, value)
+        else:
+            setattr(original(cls), name, value)
 
     def __delattr__(cls, name: str) -> None:
-        delattr(vars(cls)["tritonbn_original"], name)
+        if original(cls) is cls:
+            super().__delattr__(name)
+        else:
+            delattr(original(cls), name)
 
 
 class _AsOriginalABC(_AsOriginal, ABCMeta):
@@ -129,18 +135,22 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         return None
     variants: dict[Any, Any] = {kind.forward: first}
 
-    @wraps(kind.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def late(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward; what is returned, and a first argument that is the only one, may be late."""
         function = kind.forward
         made = variants.get(function)
         if made is None and function not in variants and not is_compiling() and len(variants) < MAX_VARIANTS:
             made = variants[function] = _function(kind)
         # torch.export and torch.jit see what was written.
         if made is None or (exporting() if is_compiling() else torch._C._get_tracing_state() is not None):
+            return function(self, *map(step.finish, args), **kwargs)
+        if made is step.sequence and (len(args) != 1 or kwargs or not self._modules):
             return function(self, *args, **kwargs)
-        if sequential and (len(args) != 1 or kwargs or not self._modules):
-            return function(self, *args, **kwargs)
-        return step.finish(made(self, *args, **kwargs))
+        return made(self, *args, **kwargs)
+
+    @wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return step.finish(late(self, *args, **kwargs))
 
     vars(forward)["variants"] = variants
     attributes = {
@@ -148,7 +158,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "tritonbn_original": kind,
-        "tritonbn_opened": first,
+        "tritonbn_opened": late,
         "forward": forward,
     }
     return _METACLASSES[type(kind)](kind.__name__, (_Fused, kind), attributes)  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from tritonbn.types import (
     class_of,
     is_bare,
     is_norm,
+    sharded,
     unsharded,
 )
 from tritonbn.uses import RETURNED, Use, callers, uses_of
@@ -127,6 +128,8 @@ class _Fusion:
             return str(resolve(norm.activation)), ""
         if kind in WITH_ACTIVATION and not is_norm(norm):
             return _within(norm)
+        if sharded(type(norm)):
+            return "", "torch.distributed shards it, by hooks around its calls"
         fused, alone = [], []
         uses = self.uses.get(norm, [])
         for use in uses:
@@ -145,6 +148,8 @@ def _hindered(use: Use) -> str:
     """Why this use of a batch norm is not fused when it runs; "" if it is."""
     if not use.steps:
         return use.why
+    if use.dropped:
+        return f"a dropout is active before {use.steps}: it is fused in evaluation"
     watched = next((module for module in (use.norm, *use.others) if not is_bare(module)), None)
     return "" if watched is None else f"a hook watches the {type(watched).__name__}"
 

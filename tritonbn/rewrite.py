@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from tritonbn import step
 from tritonbn.activations import METHODS, is_activation
@@ -24,7 +25,7 @@ from tritonbn.source import Source, SourceError, source_of
 
 # What the new function means by "tritonbn_call" and so on.
 HELPERS: tuple[Callable[..., Any], ...] = (
-    step.call, step.beside, step.apply, step.add, step.finish, step.follow, step.settled, step.plain,
+    step.call, step.beside, step.apply, step.add, step.finish, step.follow, step.settled, step.plain, is_compiling,
 )  # fmt: skip
 # How many layers may run beside a batch norm that waits in a variable: a shortcut's convolution and batch norm.
 WAITS = 2
@@ -378,6 +379,8 @@ class _Rewriter:
         why = f"its output goes to {self.source.text(e.func)}"
         new: Any = copy.copy(e)
         new.func = self.helper("follow", [func], e) if follow else func
+        if follow and "super()." in ast.unparse(func):  # compilers know what is called, and nothing else of it
+            new.func = _located(ast.IfExp(self.helper("is_compiling", [], e), func, new.func), e)
         new.args = [self.plain(a, why) for a in e.args]
         new.keywords = [ast.keyword(k.arg, self.plain(k.value, why)) for k in e.keywords]
         self.disturb(e)

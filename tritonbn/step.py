@@ -7,6 +7,7 @@ the place of one of them takes effect at once. `tritonbn.rewrite` makes forwards
 import operator
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -25,7 +26,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 ONLY_CALLS: dict[Any, frozenset[str]] = {}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -99,6 +100,8 @@ def follow(function: Any) -> Any:
 def apply(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """function(x, *args, **kwargs), or the method of that name: one that may be an activation or an idle dropout."""
     if type(x) is Late and x.norm is not None:
+        if type(function) is partial and not function.args:
+            function, kwargs = function.func, function.keywords | kwargs
         if isinstance(function, str):
             activation = of_method(function)
         else:
@@ -239,7 +242,7 @@ def _is_certain(late: Late) -> bool:
 
 def is_idle(module: Any) -> bool:
     """Whether it is a dropout that returns its input as it is."""
-    return type(module) in _DROPOUT_MODULES and (not module.training or module.p == 0)
+    return type(module) in DROPOUT_MODULES and (not module.training or module.p == 0)
 
 
 def is_idle_call(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:

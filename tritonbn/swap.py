@@ -25,7 +25,8 @@ def convert(model: Model, fuse: bool = False) -> Model:
     each call, as before, and only the batch norm runs as late as what it is fused with. Where the source is not to be
     had, or something runs in between that could tell, nothing is fused, and `report` says what and where. Hooks on a
     batch norm, an activation or a Sequential that is fused suspend the fusion there, also hooks that are added later.
-    A fused module can be copied, pickled and compiled; torch.jit.script needs `revert` first.
+    A fused module can be copied, pickled and compiled (what it calls by super() is not fused in compiled code);
+    torch.jit.script needs `revert` first.
 
     Raises TypeError if `model` is not a torch.nn.Module.
     """

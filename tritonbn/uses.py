@@ -8,6 +8,7 @@ import ast
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -39,6 +40,7 @@ class Use:
     norm: _BatchNorm
     steps: str  # "relu", "add", "add + relu"; "" for none
     why: str = ""  # for none
+    dropped: bool = False  # not at present: there is a dropout in between, which is active
     others: tuple[nn.Module, ...] = ()  # whose hooks would suspend it
     containers: tuple[nn.Module, ...] = ()  # whose forwards have to be written anew for it
     functions: tuple[tuple[FunctionType, bool], ...] = ()  # likewise, with whether they are methods
@@ -58,6 +60,7 @@ class Waiting:
     norm: Any
     depth: int  # of forwards, where it was called or was returned to
     added: bool = False
+    dropped: bool = False  # by a dropout that is active at present
     others: tuple[nn.Module, ...] = ()  # that it passed on its way
     containers: tuple[nn.Module, ...] = ()  # that returned it
     adders: tuple[nn.Module, ...] = ()  # and before something was added
@@ -116,9 +119,10 @@ class Walk:
         use = Use(waiting.norm, "", why)
         if steps := " + ".join(["add"] * waiting.added + act):
             entered = self.modules[waiting.depth :]
-            containers = (*waiting.containers, *(entered or self.modules[-1:])) if act else waiting.adders
+            containers = (*waiting.containers, *self.modules[waiting.depth - 1 :]) if act else waiting.adders
             functions = (*waiting.functions, *self.functions)
-            use = Use(waiting.norm, steps, "", (*waiting.others, *entered, *others), containers, functions)
+            watched = (*waiting.others, *entered, *others)
+            use = Use(waiting.norm, steps, "", waiting.dropped, watched, containers, functions)
         if use not in self.uses:
             self.uses.append(use)
 
@@ -135,8 +139,8 @@ class Walk:
         if isinstance(f, nn.Module):
             if (activation := of_module(f)) is not None:
                 return self.activated(values, activation, f)
-            if step.is_idle(f):
-                return values
+            if type(f) in step.DROPOUT_MODULES:
+                return self.dropped(values, step.is_idle(f))
             if is_sequential(f) or self.is_followed(f):
                 return self.module(f, values)
             self.finished(values, why)
@@ -147,13 +151,18 @@ class Walk:
 
     def applied(self, f: Any, values: Values, args: list[Any], kwargs: dict[str, Any], why: str) -> Values:
         """`step.apply`."""
+        if type(f) is partial and not f.args:
+            f, kwargs = f.func, f.keywords | kwargs
         activation = of_method(f) if isinstance(f, str) else of_call(f, tuple(args), kwargs) if callable(f) else None
         if activation is not None:
             return self.activated(values, activation)
-        if any(f is one for one in step.DROPOUTS) and step.is_idle_call(*args, **kwargs) is True:
-            return values
+        if any(f is one for one in step.DROPOUTS):
+            return self.dropped(values, step.is_idle_call(*args, **kwargs) is True)
         self.finished(values, why)
         return _UNKNOWN
+
+    def dropped(self, values: Values, idle: bool) -> Values:
+        return tuple(replace(v, dropped=v.dropped or not idle) if isinstance(v, Waiting) else v for v in values)
 
     def activated(self, values: Values, activation: Activation, *module: nn.Module) -> Values:
         waiting = [value for value in values if isinstance(value, Waiting)]
@@ -177,7 +186,7 @@ class Walk:
                 # What is added to in place is nobody else's only if it came late, too.
                 given = [module for other in owned * in_place if other is not value for module in other.containers]
                 containers = (*value.containers, *given)
-                adders = (*containers, *(self.modules[value.depth :] or self.modules[-1:]))
+                adders = (*containers, *self.modules[value.depth - 1 :])
                 found.append(replace(value, added=True, containers=containers, adders=adders))
             else:
                 found += self.finished((value,), "its output is added to what is no tensor") and [OTHER]
@@ -357,7 +366,11 @@ class Walk:
             values = [self.value(item, frame) for item in e.elts]
             known = [value[0].value for value in values if len(value) == 1 and isinstance(value[0], Known)]
             return (Known(known),) if len(known) == len(values) else _UNKNOWN
-        return self.calls(e, frame) if isinstance(e, ast.Call) else self.parts(e, frame)
+        if not isinstance(e, ast.Call):
+            return self.parts(e, frame)
+        if isinstance(e.func, ast.IfExp) and "tritonbn_is_compiling" in ast.dump(e.func.test):
+            e = ast.copy_location(ast.Call(e.func.orelse, e.args, e.keywords), e)
+        return self.calls(e, frame)
 
     def test(self, e: Any, frame: "Frame") -> bool | None:
         """Whether a test is true, if that is known."""
