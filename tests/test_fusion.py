@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import aot_module, nop
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_module
+from torch._functorch.aot_autograd import aot_export_module, aot_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
@@ -733,7 +732,7 @@ class Outer(nn.Module):
 
 
 class Flexible(Block):
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, scale: float = 1.0, *, flip: bool = False, extras: Any = None, options: Any = None
     ) -> Any:
         y = self.act(self.bn(self.conv(self.first(x))) + self.shortcut(x))
@@ -782,9 +781,9 @@ def test_fake_tensors_and_functorchs_compilers() -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         assert ours(mode.from_tensor(images()))[0].shape == images().shape
-    graph, _ = aot_export_module(ours, (images(),), trace_joint=False)
+    graph: Any = aot_export_module(ours, (images(),), trace_joint=False)[0]
     assert len(graph.graph.nodes) > 5
-    torch.testing.assert_close(aot_module(ours, nop)(images()), expected)
+    torch.testing.assert_close(aot_module(ours, lambda graph, inputs: graph)(images()), expected)
 
 
 class Gelu(nn.Module):
@@ -794,7 +793,7 @@ class Gelu(nn.Module):
         super().__init__()
         self.act = act
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         return self.act(input)
 
 
@@ -805,7 +804,7 @@ class OnlyNorm(nn.Module):
         super().__init__()
         self.norm = norm()
 
-    def forward(self, x: Tensor, shape: Any = None) -> Tensor:
+    def forward(self, x: Tensor, shape: Any = None) -> Any:
         if x.size(0) < 1:
             raise ValueError("empty")
         return self.norm(x)
@@ -892,13 +891,12 @@ def test_shortcut_that_is_written_after_its_addition(name: str, how: str) -> Non
     assert_trains_alike(ours, model, images())
 
 
-def test_sharded_norm_is_seen_through(tmp_path: Any) -> None:
+def test_sharded_norm_is_seen_through() -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "FSDPModule"):
         pytest.skip("no fully_shard")
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         model: Any = converted(nn.Sequential(Block(), Block()))

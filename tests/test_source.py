@@ -142,6 +142,7 @@ def test_decorated_functions_are_followed_where_the_decorator_keeps_them_in_its_
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tracebacks of Python 3.10 have no columns")
 def test_lines_are_those_that_were_written() -> None:
-    source = source_of(nn.Linear.forward)
-    made: Any = source.compiled(source.node.body, {}).__code__  # type: ignore[arg-type]
-    assert list(made.co_positions()) == list(nn.Linear.forward.__code__.co_positions())
+    function: Any = nn.Linear.forward
+    source = source_of(function)
+    made: Any = source.compiled(source.node.body, {}).__code__
+    assert list(made.co_positions()) == list(function.__code__.co_positions())

@@ -34,7 +34,7 @@ from tests.fusing import together
 from tests.generated_forwards import CLASS, GLOBALS, PATIENT, Program, ingredients, program_with, programs
 from tritonbn import launch
 from tritonbn.activations import IDENTITY, Activation
-from tritonbn.launch import Gradients, Saved, Wanted
+from tritonbn.launch import Gradients
 
 # For an hour: python -m pytest -p tests.generated_forwards --hypothesis-profile=deep tests/test_surgery_properties.py
 DEEP = settings.get_current_profile_name() == "deep"
@@ -88,25 +88,23 @@ def _epilogue(
 
 
 def backward(
-    dy: Tensor, saved: Saved, training: bool, activation: Activation, parameter_dtype: torch.dtype, wanted: Wanted,
-    *_: object,
+    dy: Tensor, saved: Any, training: bool, activation: Activation, parameter_dtype: torch.dtype,
+    wanted: tuple[bool, ...], *_: object,
 ) -> Gradients:  # fmt: skip
     """`launch.backward`."""
-    x, weight, bias, residual, bits, mean, (var, eps) = saved
-    assert mean is not None
+    x, weight, bias, residual, bits, mean, (var, eps) = (t if t is None else t.detach() for t in saved)
     if bits is not None:
         dy, activation = dy * bits, IDENTITY
-    given = None if training else mean, None if training else var.to(mean.dtype)
+    if bias is None:  # it is not saved where it is not needed
+        bias = x.new_zeros(x.shape[1], dtype=parameter_dtype)
+    leaves = [t if t is None else t.requires_grad_() for t in (x, weight, bias, residual)]
     with torch.enable_grad():
-        leaves = x, weight, torch.zeros_like(weight) if bias is None and weight is not None else bias, residual
-        x, weight, bias, residual = (t if t is None else t.detach().requires_grad_() for t in leaves)
-        y = F.batch_norm(x, *given, weight, bias, training, 0.0, float(eps[0]))
+        statistics = (None, None) if training else (mean, var.to(mean.dtype))
+        y = F.batch_norm(x, *statistics, weight, bias, training, 0.0, float(eps[0]))
         y = activation.apply(y if residual is None else y + residual)
-        inputs = [t for t in (x, weight, bias, residual) if t is not None]
-        found = dict(zip(map(id, inputs), torch.autograd.grad(y, inputs, dy), strict=True))
-    dx, dweight, dbias, dresidual = (found.get(id(t)) for t in (x, weight, bias, residual))
-    parameters = (d if d is None else d.to(parameter_dtype) for d in (dweight, dbias))
-    results = dx, *parameters, dy if bits is not None else dresidual
+        found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
+    dx, dweight, dbias, dresidual = [None if leaf is None else next(found) for leaf in leaves]
+    results = dx, dweight, dbias, dy if bits is not None else dresidual
     return Gradients(*(result if want else None for result, want in zip(results, wanted, strict=True)))
 
 

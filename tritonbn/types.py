@@ -69,7 +69,7 @@ def children(module: nn.Module) -> list[Any]:
     return list(module._modules.values())
 
 
-def original(kind: type[nn.Module]) -> type[nn.Module]:
+def original(kind: type[Any]) -> type[Any]:
     """The class that a class of ours for containers was made of; any other class itself."""
     return vars(kind).get("tritonbn_original", kind)  # type: ignore[no-any-return]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonbn.fold import Layer, folds
+from tritonbn.fold import folds
+from tritonbn.ways import Layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
