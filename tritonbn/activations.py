@@ -76,6 +76,7 @@ _PARAMETERS: dict[str, dict[str, float]] = {
     "elu": {"alpha": 1.0},
     "softplus": {"beta": 1.0, "threshold": 20.0},
 }
+_WITHOUT_PARAMETERS = {name: Activation(name) for name in NAMES if name not in (*_PARAMETERS, "gelu", "gelu_tanh")}
 _ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hard_sigmoid": "hardsigmoid", "gelu(tanh)": "gelu_tanh"}
 _MODULES: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -137,6 +138,8 @@ def of_module(module: nn.Module) -> Activation | None:
     name = _MODULES.get(type(module))
     if name is None or "forward" in module.__dict__:
         return None
+    if name in _WITHOUT_PARAMETERS:
+        return _WITHOUT_PARAMETERS[name]
     if name == "gelu":
         return _make(name, {"approximate": module.approximate})
     return _make(name, {parameter: getattr(module, parameter) for parameter in _PARAMETERS.get(name, {})})
@@ -150,6 +153,8 @@ def of_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         name = None
     if name is None:
         return None
+    if not args and not kwargs and name in _WITHOUT_PARAMETERS:
+        return _WITHOUT_PARAMETERS[name]
     names = (*_PARAMETERS.get(name, {}), "inplace")
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     given.pop("inplace", None)

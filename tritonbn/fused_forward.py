@@ -102,11 +102,8 @@ class _AsOriginalABC(_AsOriginal, ABCMeta):
 _METACLASSES: dict[type, type] = {type: _AsOriginal, ABCMeta: _AsOriginalABC}
 
 
-class _Fused:
+class _Fused(step.Fused):
     """What our classes add to those that they are made of."""
-
-    def __init_subclass__(cls) -> None:
-        """No registry hears of our classes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the original class, and made ours again when it is loaded."""

@@ -7,7 +7,7 @@ the place of one of them takes effect at once. `tritonbn.rewrite` makes forwards
 import operator
 from collections.abc import Callable
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -32,6 +32,15 @@ _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 _PLAIN = {bool, int, float, str, bytes, type(None), tuple, list, dict, torch.dtype, torch.device, torch.Size}
 _ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
+
+
+class Fused:
+    """What the classes of containers with fused steps have in common; see tritonbn.fused_forward."""
+
+    tritonbn_opened: Callable[..., Any]  # the forward, which may return what is late
+
+    def __init_subclass__(cls) -> None:
+        """No registry hears of our classes."""
 
 
 class Late:
@@ -66,6 +75,8 @@ def call(function: Any, x: Any) -> Any:
         x = x.value
     late = type(x) is Late
     if isinstance(function, nn.Module):
+        if not (late or isinstance(function, (Fused, TritonBatchNorm))):
+            return function(x)
         if not is_bare(function):
             return function(finish(x))
         if late:
@@ -74,9 +85,8 @@ def call(function: Any, x: Any) -> Any:
                 return _activated(x, activation, function, ())
             if is_idle(function):
                 return x
-        opened = getattr(type(function), "tritonbn_opened", None)
-        if opened is not None:
-            return opened(function, x)
+        if isinstance(function, Fused):
+            return function.tritonbn_opened(x)
         x = finish(x)
         if isinstance(function, TritonBatchNorm) and isinstance(x, Tensor) and is_norm(function):
             return Late(function, x)
@@ -194,15 +204,15 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
     if is_sequential(module):
         fresh = False
         for child in children(module):
-            in_place = fresh and _is_torchs(child) and is_bare(child) and not child._modules
+            in_place = fresh and _is_torchs(type(child)) and is_bare(child) and not child._modules
             if not (in_place or is_quiet(child, norm)):
                 return False
-            fresh = is_norm(child) or type(child) in _FRESH
+            fresh = type(child) in _FRESH or is_norm(child)
         return True
+    if _is_torchs(type(module)):
+        return not module._modules and not getattr(module, "inplace", False)
     if is_norm(module):
         return True
-    if _is_torchs(module):
-        return not module._modules and not getattr(module, "inplace", False)
     calls = ONLY_CALLS.get(original(type(module)).forward)
     return calls is not None and all(
         name in module._modules and (module._modules[name] is None or is_quiet(module._modules[name], norm))
@@ -250,5 +260,6 @@ def is_idle_call(p: float = 0.5, training: bool = True, inplace: bool = False) -
     return p == 0 or not training
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.")
+@cache
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.")

@@ -32,13 +32,14 @@ _CALL = nn.Module.__call__
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call of the module is a call of its class's forward and nothing else: no hook, no other forward."""
+    held = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        or held.get("_compiled_call_impl") is not None
         or type(module).__call__ is not _CALL
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
