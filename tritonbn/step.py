@@ -7,7 +7,7 @@ the place of one of them takes effect at once. `tritonbn.rewrite` makes forwards
 import operator
 from collections.abc import Callable
 from enum import Enum
-from functools import cache, partial
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -260,6 +260,5 @@ def is_idle_call(p: float = 0.5, training: bool = True, inplace: bool = False) -
     return p == 0 or not training
 
 
-@cache
-def _is_torchs(kind: type) -> bool:
+def _is_torchs(kind: type[Any]) -> bool:
     return kind.__module__.startswith("torch.nn.modules.")
