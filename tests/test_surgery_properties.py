@@ -92,15 +92,16 @@ def backward(
     wanted: tuple[bool, ...], *_: object,
 ) -> Gradients:  # fmt: skip
     """`launch.backward`."""
-    x, weight, bias, residual, bits, mean, (var, eps) = (t if t is None else t.detach() for t in saved)
+    tensors: list[Any] = [t if t is None else t.detach() for t in saved]
+    x, weight, bias, residual, bits, mean, (var, eps) = tensors
     if bits is not None:
         dy, activation = dy * bits, IDENTITY
     if bias is None:  # it is not saved where it is not needed
         bias = x.new_zeros(x.shape[1], dtype=parameter_dtype)
     leaves = [t if t is None else t.requires_grad_() for t in (x, weight, bias, residual)]
     with torch.enable_grad():
-        statistics = (None, None) if training else (mean, var.to(mean.dtype))
-        y = F.batch_norm(x, *statistics, weight, bias, training, 0.0, float(eps[0]))
+        statistics: Any = (None, None) if training else (mean, var.to(mean.dtype))
+        y = F.batch_norm(x, statistics[0], statistics[1], weight, bias, training, 0.0, float(eps[0]))
         y = activation.apply(y if residual is None else y + residual)
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     dx, dweight, dbias, dresidual = [None if leaf is None else next(found) for leaf in leaves]
