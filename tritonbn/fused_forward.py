@@ -16,7 +16,7 @@ from tritonbn.rewrite import Opened, opened
 from tritonbn.source import SourceError
 from tritonbn.types import original, reclass, unsharded
 
-# Beyond, somebody replaces the class's forward again and again.
+# Of a class whose forward somebody replaces again and again: the oldest goes.
 MAX_VARIANTS = 16
 _OPENED: dict[tuple[FunctionType, bool], Opened | str] = {}
 
@@ -136,7 +136,9 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         """The forward; what is returned, and a first argument that is the only one, may be late."""
         function = kind.forward
         made = variants.get(function)
-        if made is None and function not in variants and not is_compiling() and len(variants) < MAX_VARIANTS:
+        if made is None and function not in variants and not is_compiling():
+            if len(variants) >= MAX_VARIANTS:
+                variants.pop(next(iter(variants)))
             made = variants[function] = _function(kind)
         # torch.export and torch.jit see what was written.
         if made is None or (exporting() if is_compiling() else torch._C._get_tracing_state() is not None):

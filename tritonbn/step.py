@@ -20,16 +20,17 @@ from tritonbn.activations import IDENTITY, Activation, of_call, of_method, of_mo
 from tritonbn.modules import TritonBatchNorm
 from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
-# Functions that a forward may call, written anew: they take a Late, and may return one.
+# Functions and methods that a forward may call, written anew: their first argument (after self), and what they return,
+# may be late.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+METHODS: dict[Any, Callable[..., Any]] = {}
 # Forwards that do nothing but call these children of theirs, and add and multiply tensors.
 ONLY_CALLS: dict[Any, frozenset[str]] = {}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
+# Values whose operators do nothing but compute.
 _PLAIN = {bool, int, float, str, bytes, type(None), tuple, list, dict, torch.dtype, torch.device, torch.Size}
 _ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
 
@@ -92,7 +93,7 @@ def call(function: Any, x: Any) -> Any:
             return Late(function, x)
         return function(x)
     if type(function) is MethodType:
-        opened = FUNCTIONS.get(function.__func__)
+        opened = METHODS.get(function.__func__)
         return function(finish(x)) if opened is None else opened(function.__self__, x)
     if type(function) is FunctionType and function in FUNCTIONS:
         return FUNCTIONS[function](x)
@@ -102,7 +103,7 @@ def call(function: Any, x: Any) -> Any:
 def follow(function: Any) -> Any:
     """The function, or that which it became if it was written anew: that may return what is late."""
     if type(function) is MethodType:
-        opened = FUNCTIONS.get(function.__func__)
+        opened = METHODS.get(function.__func__)
         return function if opened is None else MethodType(opened, function.__self__)
     return FUNCTIONS.get(function, function) if type(function) is FunctionType else function
 
