@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+PATIENT = settings(
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
 settings.register_profile("deep", PATIENT, max_examples=100_000)
 
 HEADER = """\
@@ -486,6 +491,10 @@ class Program:
     def __repr__(self) -> str:
         actions = "\n".join(self.actions)
         return f"{self.source}\n# then{'' if self.in_file else ', without a file'}:\n{actions}\n"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What hypothesis prints: the error has shown all of it."""
+        printer.text("that program")
 
 
 def expanded(text: str, choose: Choose) -> str:

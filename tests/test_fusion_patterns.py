@@ -414,6 +414,20 @@ def test_pattern_is_not_fused_and_said_why(forward: Forward, why: str) -> None:
         assert_trains_alike(ours, model, images())
 
 
+def test_what_raises_before_the_norm_is_used_raises_after_it_ran() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.bn(x)
+        number = 1
+        return number.add_(y)  # type: ignore[attr-defined]
+
+    model = net(forward)
+    ours = converted(model)
+    for one in (model, ours):
+        with pytest.raises(AttributeError):
+            one(images())
+    torch.testing.assert_close(ours.state_dict(), model.state_dict())
+
+
 def test_residual_that_is_written_after_the_add_is_added_before() -> None:
     model = net(residual_changed_after_add)
     ours = converted(model)

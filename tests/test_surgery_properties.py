@@ -312,6 +312,8 @@ def check(program: Program, surgery: Surgery) -> list[str]:
     try:
         code = compile(program.source, str(path) if program.in_file else "<string>", "exec")
         return _check(program, Side("theirs__", code, NONE), Side("ours__", code, surgery))
+    except AssertionError as error:
+        raise AssertionError(f"{error}, in\n{program!r}") from None
     finally:
         for name in ("theirs__", "ours__"):
             sys.modules.pop(name, None)

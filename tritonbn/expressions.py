@@ -178,6 +178,8 @@ class Expressions:
     def add(self, e: Any, left: ast.expr, right: ast.expr, how: ast.expr) -> tuple[ast.expr, bool]:
         """left + right; how: "+", a method's name, or a function."""
         first, late = self.expression(left)
+        if not late and isinstance(how, ast.Constant) and how.value != "+":
+            self.disturb(e)  # whatever it is may have no such method
         if not late and isinstance(how, ast.Constant) and how.value == "add_":
             second, other = self.plain(right, "an add in place changes the other operand"), False
         elif late and not isinstance(right, ast.Name) and not self.is_quiet(right):
