@@ -767,6 +767,47 @@ class Inheriting(Block):
         return super().forward(x, scale, flip=flip) + self.act(self.bn(x))
 
 
+def test_function_whose_code_or_defaults_are_replaced_is_what_it_is_now() -> None:
+    """As IPython's autoreload replaces them: the function stays the same object."""
+
+    class Reloaded(Block):
+        def forward(self, x: Tensor, scale: Any = 2.0, *, flip: bool = False) -> Any:
+            return self.helper(x) * scale
+
+        def helper(self, x: Tensor) -> Any:
+            return self.act(self.bn(x))
+
+    def other(self: Any, x: Tensor, scale: Any = 2.0, *, flip: bool = False) -> Any:
+        return self.bn(x).sigmoid() * scale
+
+    def helper(self: Any, x: Tensor) -> Any:
+        return self.bn(x).tanh()
+
+    theirs: Any = Reloaded()
+    ours = converted(theirs)
+    changes: dict[str, Callable[[], None]] = {
+        "leaky_relu(0.1)": lambda: None,
+        "leaky_relu(0.1) ": lambda: setattr(Reloaded.forward, "__defaults__", (3.0,)),
+        "": lambda: setattr(Reloaded.helper, "__code__", helper.__code__),
+        "sigmoid": lambda: setattr(Reloaded.forward, "__code__", other.__code__),
+    }
+    for fused, change in changes.items():
+        change()
+        assert fused_in(ours, images()) == [fused.strip()]
+        torch.testing.assert_close(ours(images()), theirs(images()))
+
+
+def test_function_in_the_place_of_an_activation_takes_the_arguments_that_it_takes(monkeypatch: Any) -> None:
+    model = net(lambda self, x: F.relu(self.bn(x), inplace=True))
+    ours = converted(model)
+    assert fused_in(ours, images()) == ["relu"]
+    monkeypatch.setattr(F, "relu", torch.sigmoid)
+    for one in (model, ours):
+        with pytest.raises(TypeError, match="inplace"):
+            one(images())
+    torch.testing.assert_close(ours.state_dict(), model.state_dict())
+
+
 def test_inherited_forward_is_fused_and_compiles_as_it_was_written() -> None:
     torch.compiler.reset()
     ours, theirs = converted(Inheriting()), Inheriting()

@@ -38,7 +38,7 @@ from tritonbn.launch import Gradients
 
 # For an hour: python -m pytest -p tests.generated_forwards --hypothesis-profile=deep tests/test_surgery_properties.py
 DEEP = settings.get_current_profile_name() == "deep"
-PROFILE = settings.get_profile("deep") if DEEP else settings(PATIENT, max_examples=1500, derandomize=True)
+PROFILE = settings.get_profile("deep") if DEEP else settings(PATIENT, max_examples=2000, derandomize=True)
 FOLDER = tempfile.TemporaryDirectory(prefix="tritonbn-generated-")
 NUMBERS = itertools.count()
 

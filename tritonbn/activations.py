@@ -101,6 +101,9 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     if hasattr(place, name)
 } | {torch.special.expit: "sigmoid"}
 
+# Those that take inplace=True.
+_WITH_INPLACE = {f for f in _FUNCTIONS if "inplace" in getattr(getattr(f, "__code__", None), "co_varnames", ())}
+
 ActivationLike = str | Activation | nn.Module | type[nn.Module] | Callable[..., Any]
 
 
@@ -146,7 +149,7 @@ def of_module(module: nn.Module) -> Activation | None:
 
 
 def of_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
-    """The Activation of `function(x, *args, **kwargs)`, whether in place or not; None if it is none."""
+    """The Activation of `function(x, *args, **kwargs)`, whether in place or not; None if it is none, or would raise."""
     try:
         name = _FUNCTIONS.get(function)
     except TypeError:  # not hashable
@@ -155,10 +158,14 @@ def of_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         return None
     if not args and not kwargs and name in _WITHOUT_PARAMETERS:
         return _WITHOUT_PARAMETERS[name]
-    names = (*_PARAMETERS.get(name, {}), "inplace")
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    given.pop("inplace", None)
-    return _make(name, given) if len(args) <= len(names) else None
+    names = (*_PARAMETERS.get(name, {}), *(["inplace"] if function in _WITH_INPLACE else []))
+    given = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or given.keys() & kwargs.keys():
+        return None
+    given |= kwargs
+    if "inplace" in names:
+        given.pop("inplace", None)
+    return _make(name, given)
 
 
 def is_activation(function: Any) -> bool:

@@ -3,7 +3,7 @@
 import inspect
 from abc import ABCMeta
 from functools import wraps
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,18 +18,20 @@ from tritonbn.types import original, reclass, unsharded
 
 # Of a class whose forward somebody replaces again and again: the oldest goes.
 MAX_VARIANTS = 16
-_OPENED: dict[tuple[FunctionType, bool], Opened | str] = {}
+_OPENED: dict[tuple[FunctionType, bool], tuple[CodeType, Opened | str]] = {}
 
 
 def opened_or_why(function: FunctionType, bound: bool) -> Opened | str:
     """`opened`, once for each function; or why there is none."""
     key = function, bound
-    if key not in _OPENED:
+    code, found = _OPENED.get(key, (None, ""))
+    if code is not function.__code__ or (isinstance(found, Opened) and not step.is_current(found.function)):
         try:
-            _OPENED[key] = opened(function, bound)
+            found = opened(function, bound)
         except SourceError as reason:
-            _OPENED[key] = str(reason)
-    return _OPENED[key]
+            found = str(reason)
+        _OPENED[key] = function.__code__, found
+    return found
 
 
 def opened_forward(kind: type[nn.Module]) -> Opened | str:
@@ -41,7 +43,7 @@ def opened_forward(kind: type[nn.Module]) -> Opened | str:
         return f"is no function but a {type(forward).__name__}"
     found = opened_or_why(forward, True)
     if isinstance(found, Opened) and found.calls is not None:
-        step.ONLY_CALLS[forward] = found.calls
+        step.ONLY_CALLS[forward] = forward.__code__, found.calls
     if isinstance(found, str) or not found.reads:
         return found
     if kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__:
@@ -136,7 +138,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         """The forward; what is returned, and a first argument that is the only one, may be late."""
         function = kind.forward
         made = variants.get(function)
-        if made is None and function not in variants and not is_compiling():
+        if not (step.is_current(made) or is_compiling()) and (made is not None or function not in variants):
             if len(variants) >= MAX_VARIANTS:
                 variants.pop(next(iter(variants)))
             made = variants[function] = _function(kind)

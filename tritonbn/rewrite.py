@@ -57,6 +57,7 @@ def opened(function: FunctionType, bound: bool) -> Opened:
     rewriter = _Rewriter(source_of(function), bound)
     body = rewriter.function()
     made = rewriter.source.compiled(body, {f"tritonbn_{helper.__name__}": helper for helper in HELPERS})
+    step.remember(made, function)
     return Opened(rewriter.source, made, body, frozenset(rewriter.reads), rewriter.only_calls())
 
 
@@ -69,7 +70,9 @@ def _within(wrapper: FunctionType, wrapped: FunctionType, inner: Opened, where: 
     closure = tuple(type(cell)(closed) if cell.cell_contents is wrapped else cell for cell in cells)
     made = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, closure)
     made.__kwdefaults__, made.__dict__ = wrapper.__kwdefaults__, dict(wrapper.__dict__)
-    return Opened(inner.source, step.closed(made), inner.body, inner.reads, None)
+    outer = step.closed(made)
+    step.remember(outer, wrapper, inner.function)
+    return Opened(inner.source, outer, inner.body, inner.reads, None)
 
 
 class _Rewriter(Expressions):

@@ -22,10 +22,10 @@ from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
 # Functions and methods that a forward may call, written anew: their first argument (after self), and what they return,
 # may be late.
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-METHODS: dict[Any, Callable[..., Any]] = {}
+FUNCTIONS: dict[Any, Any] = {}
+METHODS: dict[Any, Any] = {}
 # Forwards that do nothing but call these children of theirs, and add and multiply tensors.
-ONLY_CALLS: dict[Any, frozenset[str]] = {}
+ONLY_CALLS: dict[Any, tuple[Any, frozenset[str] | None]] = {}  # with their code
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -65,6 +65,26 @@ class Late:
         return self.value
 
 
+def remember(made: Callable[..., Any], function: Any, *inner: Any) -> None:
+    """Note of what a function was made: it may be given other code later, as by IPython's autoreload."""
+    first = (function, function.__code__, function.__defaults__, function.__kwdefaults__)
+    vars(made)["tritonbn_made_of"] = (first, *(one for other in inner for one in vars(other)["tritonbn_made_of"]))
+
+
+def is_current(made: Any) -> bool:
+    """Whether a function is still that of which `made` was made; not asked in compiled code."""
+    if made is None or is_compiling():
+        return made is not None
+    for function, code, defaults, keywords in getattr(made, "tritonbn_made_of", ()):
+        if (
+            function.__code__ is not code
+            or function.__defaults__ is not defaults
+            or function.__kwdefaults__ is not keywords
+        ):
+            return False
+    return True
+
+
 def finish(value: Any) -> Any:
     """The value; computed now if it is late."""
     return value.compute() if type(value) is Late else value
@@ -94,9 +114,9 @@ def call(function: Any, x: Any) -> Any:
         return function(x)
     if type(function) is MethodType:
         opened = METHODS.get(function.__func__)
-        return function(finish(x)) if opened is None else opened(function.__self__, x)
-    if type(function) is FunctionType and function in FUNCTIONS:
-        return FUNCTIONS[function](x)
+        return opened(function.__self__, x) if is_current(opened) else function(finish(x))
+    if type(function) is FunctionType and is_current(opened := FUNCTIONS.get(function)):
+        return opened(x)
     return apply(function, x) if late else function(x)
 
 
@@ -104,8 +124,9 @@ def follow(function: Any) -> Any:
     """The function, or that which it became if it was written anew: that may return what is late."""
     if type(function) is MethodType:
         opened = METHODS.get(function.__func__)
-        return function if opened is None else MethodType(opened, function.__self__)
-    return FUNCTIONS.get(function, function) if type(function) is FunctionType else function
+        return MethodType(opened, function.__self__) if is_current(opened) else function
+    opened = FUNCTIONS.get(function) if type(function) is FunctionType else None
+    return opened if is_current(opened) else function
 
 
 def apply(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,11 +235,12 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
         return not module._modules and not getattr(module, "inplace", False)
     if is_norm(module):
         return True
-    calls = ONLY_CALLS.get(original(type(module)).forward)
-    return calls is not None and all(
-        name in module._modules and (module._modules[name] is None or is_quiet(module._modules[name], norm))
-        for name in calls
-    )
+    forward: Any = original(type(module)).forward
+    code, calls = ONLY_CALLS.get(forward, (None, None))
+    if calls is None or not (is_compiling() or code is forward.__code__):
+        return False
+    parts = [module._modules.get(name, module) for name in calls]  # module: something else than a child
+    return all(part is None or (part is not module and is_quiet(part, norm)) for part in parts)
 
 
 def _activated(x: Late, activation: Activation, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
