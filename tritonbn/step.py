@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def remember(made: Callable[..., Any], function: Any, *inner: Any) -> None:
     vars(made)["tritonbn_made_of"] = (first, *(one for other in inner for one in vars(other)["tritonbn_made_of"]))
 
 
-def is_current(made: Any) -> bool:
+def is_current(made: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether a function is still that of which `made` was made; not asked in compiled code."""
     if made is None or is_compiling():
         return made is not None
