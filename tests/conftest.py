@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,24 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
 import triton.language as tl
-from triton.runtime import interpreter
 
+from tests import quick_interpreter
 from tritonbn import launch, signature, tickets
 
+if launch.INTERPRETED:
+    quick_interpreter.hurry()
 # What Triton's interpreter replaces while a kernel runs, before any has: it does not put all of it back.
 LANGUAGE = {of: dict(vars(of)) for of in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)}
-
-if launch.INTERPRETED:
-    replace_language = interpreter._patch_lang
-    nothing_to_restore = SimpleNamespace(restore=lambda: None)
-
-    def replace_language_once(function: Any) -> Any:
-        """The interpreter does it anew at each call of a device function: a third of the time that all tests took."""
-        seen = {id(value) for value in function.__globals__.values()}
-        replaced = not any(tl.core.is_builtin(of.load) for of in (tl, tl.core) if id(of) in seen)
-        return nothing_to_restore if replaced else replace_language(function)
-
-    interpreter._patch_lang = replace_language_once
 
 # Nothing that is planned from here on reads or writes the user's measured plans, nor do processes that a test starts.
 CACHE = tempfile.TemporaryDirectory(prefix="tritonbn-tests-")

@@ -47,8 +47,10 @@ class Activation(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """The activation of x by torch's own function, any shape and floating dtype; differentiable."""
+        function = _TORCHS[self.name]
         # Not `parameters`: before torch 2.9 compilers know no properties of tuples.
-        return _TORCHS[self.name](x, *(self.a, self.b)[: len(_PARAMETERS.get(self.name, {}))])
+        count = len(_PARAMETERS[self.name]) if self.name in _PARAMETERS else 0
+        return function(x, *(self.a, self.b)[:count]) if count else function(x)
 
 
 IDENTITY = Activation("identity")
@@ -141,8 +143,8 @@ def of_module(module: nn.Module) -> Activation | None:
     name = _MODULES.get(type(module))
     if name is None or "forward" in module.__dict__:
         return None
-    if name in _WITHOUT_PARAMETERS:
-        return _WITHOUT_PARAMETERS[name]
+    if (plain := _WITHOUT_PARAMETERS.get(name)) is not None:
+        return plain
     if name == "gelu":
         return _make(name, {"approximate": module.approximate})
     return _make(name, {parameter: getattr(module, parameter) for parameter in _PARAMETERS.get(name, {})})

@@ -134,24 +134,28 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         return None
     variants: dict[Any, Any] = {kind.forward: first}
 
-    def late(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward; what is returned, and a first argument that is the only one, may be late."""
+    def plainly(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *map(step.finish, args), **kwargs)
+
+    def current() -> Any:
+        """The forward that the class has now, written anew; torch.export and torch.jit see what was written."""
         function = kind.forward
         made = variants.get(function)
-        if not (step.is_current(made) or is_compiling()) and (made is not None or function not in variants):
+        if is_compiling():
+            return plainly if made is None or exporting() else made
+        if not (step.is_unchanged(made) if made else function in variants):
             if len(variants) >= MAX_VARIANTS:
                 variants.pop(next(iter(variants)))
             made = variants[function] = _function(kind)
-        # torch.export and torch.jit see what was written.
-        if made is None or (exporting() if is_compiling() else torch._C._get_tracing_state() is not None):
-            return function(self, *map(step.finish, args), **kwargs)
-        if made is step.sequence and (len(args) != 1 or kwargs or not self._modules):
-            return function(self, *args, **kwargs)
-        return made(self, *args, **kwargs)
+        return plainly if made is None or torch._C._get_tracing_state() is not None else made
+
+    def late(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward; what is returned, and a first argument that is the only one, may be late."""
+        return current()(self, *args, **kwargs)
 
     @wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return step.finish(late(self, *args, **kwargs))
+        return step.finish(current()(self, *args, **kwargs))
 
     vars(forward)["variants"] = variants
     attributes = {

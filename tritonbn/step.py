@@ -29,7 +29,8 @@ ONLY_CALLS: dict[Any, tuple[Any, frozenset[str] | None]] = {}  # with their code
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FRESH = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+_TORCHS = {kind for kind in vars(nn.modules).values() if isinstance(kind, type)}
 # Values whose operators do nothing but compute.
 _PLAIN = {bool, int, float, str, bytes, type(None), tuple, list, dict, torch.dtype, torch.device, torch.Size}
 _ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
@@ -73,8 +74,11 @@ def remember(made: Callable[..., Any], function: Any, *inner: Any) -> None:
 
 def is_current(made: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether a function is still that of which `made` was made; not asked in compiled code."""
-    if made is None or is_compiling():
-        return made is not None
+    return made is not None and (is_compiling() or is_unchanged(made))
+
+
+def is_unchanged(made: Any) -> bool:
+    """Whether all functions of which `made` was made are what they were."""
     for function, code, defaults, keywords in getattr(made, "tritonbn_made_of", ()):
         if (
             function.__code__ is not code
@@ -92,26 +96,25 @@ def finish(value: Any) -> Any:
 
 def call(function: Any, x: Any) -> Any:
     """function(x), where x may be late and so may be what is returned."""
-    if type(x) is Late and x.norm is None:
-        x = x.value
     late = type(x) is Late
+    if late and x.norm is None:
+        x, late = x.value, False
     if isinstance(function, nn.Module):
-        if not (late or isinstance(function, (Fused, TritonBatchNorm))):
-            return function(x)
-        if not is_bare(function):
-            return function(finish(x))
         if late:
+            if not is_bare(function):
+                return function(x.compute())
             activation = of_module(function)
             if activation is not None:
                 return _activated(x, activation, function, ())
             if is_idle(function):
                 return x
-        if isinstance(function, Fused):
+        if isinstance(function, TritonBatchNorm):
+            x = x.compute() if late else x
+            if isinstance(x, Tensor) and is_norm(function) and is_bare(function):
+                return Late(function, x)
+        elif isinstance(function, Fused) and (late or is_bare(function)):
             return function.tritonbn_opened(x)
-        x = finish(x)
-        if isinstance(function, TritonBatchNorm) and isinstance(x, Tensor) and is_norm(function):
-            return Late(function, x)
-        return function(x)
+        return function(finish(x) if late else x)
     if type(function) is MethodType:
         opened = METHODS.get(function.__func__)
         return opened(function.__self__, x) if is_current(opened) else function(finish(x))
@@ -138,7 +141,7 @@ def apply(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             activation = of_method(function)
         else:
             activation = of_call(function, args, kwargs)
-            if any(function is dropout for dropout in DROPOUTS) and is_idle_call(*args, **kwargs):
+            if activation is None and any(function is f for f in DROPOUTS) and is_idle_call(*args, **kwargs):
                 return x
         if activation is not None:
             return _activated(x, activation, function, args, kwargs)
@@ -168,22 +171,24 @@ def add(how: Any, left: Any, right: Any) -> Any:
 
 def beside(function: Any, x: Any, *waiting: Any) -> Any:
     """function(x) while others may be late: they stay so if the function is a module that cannot tell."""
-    others = [other for other in waiting if type(other) is Late and other.norm is not None]
-    if others:
-        if not (type(x) is Late and x.norm is not None) and all(
-            is_quiet(function, other.norm) and _is_certain(other) for other in others
-        ):
-            x = finish(x)
-            if is_compiling():
-                return function(x)
-            try:
-                return function(x)
-            except BaseException:
-                for other in others:  # as if it had been computed in its place
-                    other.compute()
-                raise
-        for other in others:
-            other.compute()
+    quiet = None  # nobody waits
+    for other in waiting:
+        if type(other) is Late and other.norm is not None:
+            apart = quiet is not False and not (type(x) is Late and x.norm is not None)
+            quiet = apart and is_quiet(function, other.norm) and _is_certain(other)
+    if quiet:
+        x = finish(x)
+        if is_compiling():
+            return function(x)
+        try:
+            return function(x)
+        except BaseException:
+            for other in waiting:  # as if it had been computed in its place
+                finish(other)
+            raise
+    if quiet is not None:
+        for other in waiting:
+            finish(other)
     return call(function, x)
 
 
@@ -211,8 +216,11 @@ def closed(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def sequence(module: nn.Module, x: Any) -> Any:
+def sequence(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The modules of a Sequential one after the other; x and the output may be late."""
+    if len(args) != 1 or kwargs or not module._modules:
+        return nn.Sequential.forward(module, *args, **kwargs)  # type: ignore[arg-type,no-untyped-call]
+    x = args[0]
     for child in children(module):
         x = call(child, x)
     return x
@@ -221,21 +229,21 @@ def sequence(module: nn.Module, x: Any) -> Any:
 def is_quiet(module: Any, norm: nn.Module | None) -> bool:
     """Whether a call of it writes nothing that the norm reads, nor could tell whether that was computed: modules of
     torch that are not in place and not watched, other batch norms, and containers that do no more than call those."""
-    if not isinstance(module, nn.Module) or not is_bare(module) or module is norm:
+    if not isinstance(module, nn.Module) or module is norm or not is_bare(module):
         return False
+    kind = type(module)
+    if (kind in _TORCHS and not module._modules) or is_norm(module):
+        return not module.__dict__.get("inplace")
     if is_sequential(module):
-        fresh = False
+        before: Any = None
         for child in children(module):
-            in_place = fresh and _is_torchs(type(child)) and is_bare(child) and not child._modules
-            if not (in_place or is_quiet(child, norm)):
-                return False
-            fresh = type(child) in _FRESH or is_norm(child)
+            if not is_quiet(child, norm):
+                fresh = type(before) in _FRESH or is_norm(before)  # what it changes in place nobody else has
+                if not (fresh and type(child) in _TORCHS and is_bare(child) and not child._modules):
+                    return False
+            before = child
         return True
-    if _is_torchs(type(module)):
-        return not module._modules and not getattr(module, "inplace", False)
-    if is_norm(module):
-        return True
-    forward: Any = original(type(module)).forward
+    forward: Any = original(kind).forward
     code, calls = ONLY_CALLS.get(forward, (None, None))
     if calls is None or not (is_compiling() or code is forward.__code__):
         return False
@@ -270,7 +278,8 @@ def _is_certain(late: Late) -> bool:
     assert norm is not None
     assert x is not None
     norm._check_input_dim(x)  # type: ignore[no-untyped-call]
-    return x.shape[1] == norm.num_features and x.numel() > x.shape[1]
+    channels = x.size(1)
+    return channels == norm.num_features and x.numel() > channels
 
 
 def is_idle(module: Any) -> bool:
@@ -281,7 +290,3 @@ def is_idle(module: Any) -> bool:
 def is_idle_call(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     """Whether F.dropout(x, p, training, inplace) returns x."""
     return p == 0 or not training
-
-
-def _is_torchs(kind: type[Any]) -> bool:
-    return kind.__module__.startswith("torch.nn.modules.")

@@ -56,10 +56,11 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether its forward is that of nn.Sequential, and not empty."""
+    kind: Any = type(module)
     return (
         isinstance(module, nn.Sequential)
-        and original(type(module)).forward is nn.Sequential.forward
-        and type(module).__iter__ is nn.Sequential.__iter__
+        and original(kind).forward is nn.Sequential.forward
+        and kind.__iter__ is nn.Sequential.__iter__
         and len(module._modules) > 0
         and "forward" not in module.__dict__
     )
