@@ -2,10 +2,12 @@
 
 Without a GPU, a driver that does nothing takes the place of CUDA's (`bench/stub.py`) and CPU tensors those of a GPU, on
 which torch's own batch norm computes. The driver, about 3 us a launch, is in no figure then. Shapes are as small as the
-path allows, so that allocations are those of a caching allocator.
+path allows, so that allocations are those of a caching allocator. Containers are called fused and not: what fusing one
+costs, or saves, is the difference.
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
+from torch import nn
 
 import tritonbn
 from bench.console import console
@@ -41,7 +44,7 @@ class Case(NamedTuple):
     name: str
     shape: tuple[int, int]
     path: Any
-    make: Callable[["Inputs"], tuple[Work, Work]]  # ours, torch's
+    make: Callable[["Inputs"], tuple[Work, ...]]  # ours, torch's; of containers also ours without fusion
 
 
 class Inputs:
@@ -89,6 +92,42 @@ def _epilogue(t: Inputs) -> tuple[Call, Call]:
     return lambda: ours(t.x, t.residual), lambda: torch.relu(theirs(t.x) + t.residual)
 
 
+class Residual(nn.Module):
+    """ResNet's basic block without its convolutions: two batch norms, and one in the shortcut if it has layers."""
+
+    def __init__(self, channels: int, layers: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Identity(), nn.Identity(), nn.ReLU(inplace=True)
+        self.bn1, self.bn2 = nn.BatchNorm1d(channels), nn.BatchNorm1d(channels)
+        self.shortcut = nn.Sequential(nn.Identity(), nn.BatchNorm1d(channels)) if layers else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [N, C] -> [N, C]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.shortcut is None else self.shortcut(x)
+        result: torch.Tensor = self.relu(out)
+        return result
+
+
+def _container(model: nn.Module, x: torch.Tensor) -> tuple[Call, ...]:
+    made = model.to(x.device)
+    fused, swapped = (tritonbn.convert(copy.deepcopy(made), fuse=fuse) for fuse in (True, False))
+    return lambda: fused(x), lambda: made(x), lambda: swapped(x)
+
+
+def _sequential(t: Inputs) -> tuple[Call, ...]:
+    return _container(nn.Sequential(nn.Identity(), nn.BatchNorm1d(t.C), nn.ReLU(inplace=True)), t.x)
+
+
+def _residual(t: Inputs) -> tuple[Call, ...]:
+    return _container(Residual(t.C, False), t.x)
+
+
+def _with_shortcut(t: Inputs) -> tuple[Call, ...]:
+    return _container(Residual(t.C, True), t.x)
+
+
 SMALL, LONG = (60, 100), (512, 32)
 CASES = [
     Case("batch_norm", SMALL, "single", _function),
@@ -98,6 +137,9 @@ CASES = [
     Case("batch_norm, inference", SMALL, None, _inference),
     Case("BatchNorm1d", SMALL, "single", _module),
     Case("BatchNormAct1d, relu, residual", SMALL, "single", _epilogue),
+    Case("fused Sequential: bn, relu", SMALL, "single", _sequential),
+    Case("fused block: bn, relu, bn, add, relu", SMALL, "single", _residual),
+    Case("the same, bn in its shortcut", SMALL, "single", _with_shortcut),
 ]
 
 
@@ -133,8 +175,9 @@ class Variant(NamedTuple):
 def variants(case: Case, device: torch.device) -> list[Variant]:
     """What is timed for a case; for the function also with parts left out, from whose differences `parts` are."""
     t = Inputs(case.shape, device)
-    ours, theirs = case.make(t)
+    ours, theirs, *unfused = case.make(t)
     found = [Variant("torch", theirs), Variant("jit", ours, by_jit), Variant("ours", ours)]
+    found += [Variant("unfused", call) for call in unfused]
     if case.make is _function:
         x, w, b = t.x.detach(), t.w.detach(), t.b.detach()
         with forced(case.path):
@@ -226,7 +269,7 @@ def row(case: Case, device: torch.device, stub: StubDriver | None, blocks: int, 
 
 def launches(case: Case, device: torch.device, stub: StubDriver) -> int:
     """How many kernels a call of ours starts: none, and the figures would mean nothing."""
-    call, _ = case.make(Inputs(case.shape, device))
+    call, *_ = case.make(Inputs(case.shape, device))
     before = stub.count
     with forced(case.path):
         call()
@@ -247,12 +290,12 @@ def earlier(path: Path) -> dict[str, Any]:
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
     """What a call costs, and what it is made of."""
-    titles = {"torch": "torch", "before": "before", "jit": "ours by JIT", "ours": "ours"}
+    titles = {"torch": "torch", "before": "before", "jit": "ours by JIT", "unfused": "unfused", "ours": "ours"}
     whole = Table("case", "launches", *titles.values(), box=None, title="us per call: median (quartiles)")
     made_of = Table("case", box=None, title="of which, by difference of medians, us")
     for found in rows:
         figures = {**found["us"], "before": found["before"]}
-        cells = [_cell(figures[name]) for name in titles]
+        cells = [_cell(figures.get(name)) for name in titles]
         whole.add_row(found["case"], str(found["launches"] or "-"), *cells)
         if found["parts_us"]:
             if len(made_of.columns) == 1:

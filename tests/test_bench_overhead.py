@@ -35,11 +35,12 @@ def measured(folder: Path, *options: str) -> tuple[dict[str, Any], str]:
 
 def test_a_run_and_one_compared_with_it(tmp_path: Path) -> None:
     first, _ = measured(tmp_path / "first")
-    assert [row["launches"] for row in first["rows"]] == [1, 2, 2, 4, 1, 1, 1]
+    assert [row["launches"] for row in first["rows"]] == [1, 2, 2, 4, 1, 1, 1, 1, 2, 3]
     assert (first["stubbed"], first["before"], first["blocks"], first["calls"]) == (True, None, 3, 2)
     assert {"cpu", "commit", "torch", "triton"} <= first["machine"].keys()
     for row in first["rows"]:
         assert row["us"].keys() >= {"torch", "jit", "ours"}
+        assert ("unfused" in row["us"]) == ("fused" in row["case"] or "the same" in row["case"])
         assert all(0 < us["low"] <= us["median"] <= us["high"] for us in row["us"].values())
         assert (row["parts_us"] is not None) == ("no_grad" in row["us"])
     second, output = measured(tmp_path / "second", "--before", str(tmp_path / "first" / "overhead.json"))

@@ -82,7 +82,10 @@ def mnist(folder: Folder) -> str:
 def overhead(folder: Folder) -> str:
     """What a call costs the CPU, and what the cost is made of."""
     content = folder.files["overhead"]
-    titles = {"torch": "torch", "before": "ours, before", "jit": "ours, launched by Triton's JIT", "ours": "ours"}
+    titles = {
+        "torch": "torch", "before": "ours, before", "jit": "ours, launched by Triton's JIT",
+        "unfused": "ours, not fused", "ours": "ours",
+    }  # fmt: skip
     lines, parts = [], []
     for row in content["rows"]:
         figures = {**row["us"], "before": row.get("before")}
