@@ -362,6 +362,49 @@ def test_example_that_differs_raises_with_the_layers_name(monkeypatch: pytest.Mo
         tritonbn.fold(model, images())
 
 
+class Ends(nn.Module):
+    """What a folded model returns, made infinite, undefined or empty: the same as before."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        self.body, self.end = body(), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.end(self.body(x))
+        return y
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda y: y.masked_fill(y == y.amax(), -torch.inf),
+        lambda y: y.masked_fill(y == y.amax(), torch.inf),
+        lambda y: y.masked_fill(y == y.amax(), torch.nan),
+        lambda y: y[:0],
+    ],
+)
+def test_outputs_that_are_no_numbers_are_compared(end: Any) -> None:
+    model = used(Ends(end))
+    assert statuses(tritonbn.fold(model, images())) == ["folded"]
+
+
+def test_outputs_of_another_shape_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    unchanged = True
+    model = used(Ends(lambda y: y if unchanged else y[:, :1]))
+
+    def wrong(*args: Any) -> Any:
+        nonlocal unchanged
+        outputs = real(*args)
+        unchanged = False
+        return outputs
+
+    real = fold_module._outputs
+    monkeypatch.setattr(fold_module, "_outputs", wrong)
+    message = r"^expected equal outputs of the model before and after folding, got \[2, 4, .*\] and \[2, 1, .*\]$"
+    with pytest.raises(ValueError, match=message):
+        tritonbn.fold(model, images())
+
+
 def test_example_is_given_to_both_as_it_is() -> None:
     model = used(nn.Sequential(convolution(), norm(), nn.ReLU(inplace=True)))
     example, state = images(), torch.get_rng_state()
