@@ -177,6 +177,7 @@ def install() -> None:
         for name, value in values.items():
             of = getattr(found, name)
             setattr(found, name, type(of)(*value) if hasattr(of, "_fields") else value)
+    importlib.import_module("bench.quick_interpreter").hurry()
     # After all imports: torch's compiler looks at what is there.
     for name, value in CUDA.items():
         setattr(torch.cuda, name, value)

@@ -13,13 +13,13 @@ if not torch.cuda.is_available():
 
 import triton.language as tl
 
-from tests import quick_interpreter
+from bench import quick_interpreter
 from tritonbn import launch, signature, tickets
 
 if launch.INTERPRETED:
     quick_interpreter.hurry()
 # What Triton's interpreter replaces while a kernel runs, before any has: it does not put all of it back.
-LANGUAGE = {of: dict(vars(of)) for of in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)}
+LANGUAGE = {of: dict(vars(of)) for of in (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)}
 
 # Nothing that is planned from here on reads or writes the user's measured plans, nor do processes that a test starts.
 CACHE = tempfile.TemporaryDirectory(prefix="tritonbn-tests-")

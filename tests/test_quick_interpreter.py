@@ -16,7 +16,7 @@ import sys
 import torch
 from tritonbn.functional import batch_norm
 if sys.argv[1] == "quick":
-    from tests import quick_interpreter
+    from bench import quick_interpreter
     quick_interpreter.hurry()
 results = []
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
