@@ -180,7 +180,7 @@ def overhead() -> results.Row:
 
 def test_overhead(tmp_path: Path) -> None:
     text = page(results.write(tmp_path / "cpu", overhead=overhead()).parent)
-    cells = ["batch_norm [60, 100]", "1", "10.0 (9.0-12.0)", "-", "-", "10.0 (9.0-12.0)"]
+    cells = ["batch_norm [60, 100]", "1", "10.0 (9.0-12.0)", "-", "-", "-", "10.0 (9.0-12.0)"]
     assert line(text, "batch_norm", "(9.0-12.0)") == cells
     assert line(text, "batch_norm", "1.2", "2.0") == ["batch_norm [60, 100]", "1.2", "2.0"]
     assert "no figure" in text
