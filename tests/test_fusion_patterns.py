@@ -1,5 +1,6 @@
 """Which forwards fuse what, which do not and why; all train as they did."""
 
+import contextlib
 import operator
 import random as python_random
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonbn
 from tests.fusing import CHANNELS, assert_trains_alike, body, converted, convolution, fused_in, images, net, norm
+from tritonbn.fused_forward import install, is_installed
 
 Forward = Callable[..., Any]
 
@@ -414,18 +416,145 @@ def test_pattern_is_not_fused_and_said_why(forward: Forward, why: str) -> None:
         assert_trains_alike(ours, model, images())
 
 
-def test_what_raises_before_the_norm_is_used_raises_after_it_ran() -> None:
-    def forward(self: Any, x: Tensor) -> Any:
-        y = self.bn(x)
-        number = 1
-        return number.add_(y)  # type: ignore[attr-defined]
+def number_has_no_add(self: Any, x: Tensor) -> Any:
+    y = self.bn(x)
+    number = 1
+    return number.add_(y)  # type: ignore[attr-defined]
 
-    model = net(forward)
+
+def module_is_missing(self: Any, x: Tensor) -> Any:
+    y = self.bn(x)
+    return self.missing(y)
+
+
+def global_is_missing(self: Any, x: Tensor) -> Any:
+    y = self.bn(x)
+    return missing(y)  # type: ignore[name-defined]  # noqa: F821
+
+
+def variable_is_missing(self: Any, x: Tensor) -> Any:
+    if not x.shape:
+        shortcut = x
+    return torch.relu(self.bn(x) + shortcut)
+
+
+def operand_is_missing(self: Any, x: Tensor) -> Any:
+    return torch.relu(self.bn(x) + self.missing)
+
+
+def parameter_is_missing(self: Any, x: Tensor) -> Any:
+    return F.leaky_relu(self.bn(x), self.missing)
+
+
+def keyword_is_missing(self: Any, x: Tensor) -> Any:
+    return F.leaky_relu(self.bn(x), negative_slope=self.missing)
+
+
+def missing_after_two(self: Any, x: Tensor) -> Any:
+    y = self.bn(x)
+    z = self.bn2(x)
+    return self.missing(y + z)
+
+
+def missing_in_a_method(self: Any, x: Tensor) -> Any:
+    return self.relu(operand_is_missing(self, self.bn2(x)))
+
+
+def handled(self: Any, x: Tensor) -> Any:
+    try:
+        y = self.bn(x)
+        y = self.missing(y)
+    except AttributeError:
+        y = x
+    return torch.relu(y)
+
+
+def operand_handled(self: Any, x: Tensor) -> Any:
+    try:
+        y = torch.relu(self.bn(x) + self.missing)
+    except AttributeError:
+        y = x
+    return y
+
+
+def slope_handled(self: Any, x: Tensor) -> Any:
+    try:
+        y = F.leaky_relu(self.bn(x), self.missing)
+    except AttributeError:
+        y = x
+    return y
+
+
+def suppressed(self: Any, x: Tensor) -> Any:
+    y = x
+    with contextlib.suppress(AttributeError):
+        y = self.bn(x)
+        y = self.missing(y)
+    return torch.relu(y)
+
+
+def operand_suppressed(self: Any, x: Tensor) -> Any:
+    y = x
+    with contextlib.suppress(AttributeError):
+        y = self.bn(x) + self.missing
+    return torch.relu(y)
+
+
+def handled_by_the_caller(self: Any, x: Tensor) -> Any:
+    try:
+        return operand_is_missing(self, x)
+    except AttributeError:
+        return x
+
+
+def raised_in_a_context(self: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        y = self.bn(x)
+        return self.missing(y)
+
+
+def layer_beside_fails(self: Any, x: Tensor) -> Any:
+    y = self.bn(x)
+    z = self.linear(x)
+    return torch.relu(y + z)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        number_has_no_add, module_is_missing, global_is_missing, variable_is_missing, operand_is_missing,
+        parameter_is_missing, keyword_is_missing, missing_after_two, missing_in_a_method, handled, operand_handled,
+        slope_handled, suppressed, operand_suppressed, handled_by_the_caller, raised_in_a_context, layer_beside_fails,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("within", [False, True])
+def test_what_raises_before_the_norm_is_used_raises_after_it_ran(forward: Forward, within: bool) -> None:
+    model = net(forward, linear=nn.Linear(7, 7))
+    if within:
+        model = net(handled_by_the_caller_of_a_block, block=model)
     ours = converted(model)
+    for module in ours.modules():  # also where there is nothing to fuse
+        if module._modules:
+            install(module)
+    assert is_installed(ours)
+    outcomes = []
     for one in (model, ours):
-        with pytest.raises(AttributeError):
-            one(images())
+        try:
+            outcomes.append(one(images()))
+        except (AttributeError, NameError, RuntimeError) as error:
+            outcomes.append((type(error), str(error)))
     torch.testing.assert_close(ours.state_dict(), model.state_dict())
+    if isinstance(outcomes[0], Tensor):
+        torch.testing.assert_close(outcomes[1], outcomes[0])
+    else:
+        assert outcomes[0] == outcomes[1]
+
+
+def handled_by_the_caller_of_a_block(self: Any, x: Tensor) -> Any:
+    y = x
+    with contextlib.suppress(Exception):
+        y = self.block(self.bn(x))
+    return self.relu(self.bn2(y))
 
 
 def test_residual_that_is_written_after_the_add_is_added_before() -> None:
@@ -433,6 +562,23 @@ def test_residual_that_is_written_after_the_add_is_added_before() -> None:
     ours = converted(model)
     assert fused_in(ours, images()) == ["add"]
     assert_trains_alike(ours, model, images())
+
+
+@pytest.mark.parametrize("shared", [(), ("running_mean",), ("running_var",), ("num_batches_tracked",)])
+def test_statistics_that_the_shortcut_shares_are_updated_in_order(shared: tuple[str, ...]) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        out = self.bn(self.conv(x))
+        out += self.shortcut(x)
+        return torch.relu(out)
+
+    model = net(forward, shortcut=body())
+    for name in shared:
+        model.shortcut[1]._buffers[name] = model.bn._buffers[name]
+    if shared == ("num_batches_tracked",):
+        model.bn.momentum = model.shortcut[1].momentum = None
+    ours = converted(model)
+    assert_trains_alike(ours, model, images())
+    assert fused_in(ours, images()) == ["", "add + relu"]  # whichever comes last
 
 
 def test_one_report_of_six_refused_forwards_names_what_and_where() -> None:

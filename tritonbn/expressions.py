@@ -49,6 +49,7 @@ class Expressions:
         self.reads: set[str] = set()
         self.temporaries = 0
         self.guarded = 0  # within try or with: what is returned must be finished there
+        self.caught = 0  # where an error may be caught: nothing waits for what may raise one
         self.region: ast.stmt = self.body[0]
         self.takes = set(source.arguments[bound : bound + 1] if self.code.co_argcount > bound else [])
 
@@ -167,8 +168,11 @@ class Expressions:
     def apply(self, e: ast.Call, func: ast.expr) -> tuple[ast.expr, bool]:
         """A function of torch that may be an activation: f(x, ...)."""
         value, late = self.expression(e.args[0])
-        if late and not all(self.is_quiet(a) for a in (*e.args[1:], *[k.value for k in e.keywords])):
+        others = [*e.args[1:], *[k.value for k in e.keywords]]
+        if late and not all(self.is_safe(a) if self.caught else self.is_quiet(a) for a in others):
             value, late = self.finish(value, f"an argument of {self.source.text(e.func)} may change it", e), False
+        elif late and not all(map(self.is_safe, others)):
+            value = self.kept(value)
         new = self.helper("apply", [func, value], e) if late else located(ast.Call(func, [value], []), e)
         new.args += map(self.plain, e.args[1:])
         new.keywords = [ast.keyword(k.arg, self.plain(k.value)) for k in e.keywords]
@@ -182,7 +186,11 @@ class Expressions:
             self.disturb(e)  # whatever it is may have no such method
         if not late and isinstance(how, ast.Constant) and how.value == "add_":
             second, other = self.plain(right, "an add in place changes the other operand"), False
-        elif late and not isinstance(right, ast.Name) and not self.is_quiet(right):
+        elif late and self.caught and not self.is_safe(right):
+            why = f"{self.source.text(right)} may raise what is caught here"
+            first, late = self.finish(first, why, e), False
+            second, other = self.expression(right)
+        elif late and not self.is_safe(right):
             first, second, other = self.held(first, left, right)
         else:
             second, other = self.expression(right)
@@ -200,7 +208,7 @@ class Expressions:
 
     def held(self, first: ast.expr, left: ast.expr, right: ast.expr) -> tuple[ast.expr, ast.expr, bool]:
         """A Late that waits in a variable of its own while the other operand is evaluated, if it may."""
-        before, name = list(self.late), self.temporary()
+        before, name = list(self.late), first.id if isinstance(first, ast.Name) else self.temporary()
         self.late.append(name)
         try:
             second, other = self.expression(right)
@@ -210,7 +218,13 @@ class Expressions:
             self.late = before
             return self.finish(first, refusal.why, left), *self.expression(right)
         self.late.remove(name)
-        return located(ast.NamedExpr(ast.Name(name, ast.Store()), first), left), second, other
+        return self.kept(first, name), second, other
+
+    def kept(self, value: ast.expr, name: str = "") -> ast.expr:
+        """A Late in a variable of its own, where it is found if an error is raised before somebody needs it."""
+        if isinstance(value, ast.Name):
+            return value
+        return located(ast.NamedExpr(ast.Name(name or self.temporary(), ast.Store()), value), value)  # type: ignore[no-any-return]
 
     # What expressions mean
 
@@ -236,6 +250,15 @@ class Expressions:
         if isinstance(e, ast.UnaryOp):
             return isinstance(e.operand, ast.Constant)
         return isinstance(e, ast.Constant) or (isinstance(e, ast.Name) and e.id not in self.late)
+
+    def is_safe(self, e: ast.expr) -> bool:
+        """Whether evaluating it does nothing and raises no error."""
+        return isinstance(e, ast.Constant) or (isinstance(e, ast.UnaryOp) and isinstance(e.operand, ast.Constant))
+
+    def is_torchs(self, e: ast.expr) -> bool:
+        """Whether it calls a function or class of torch."""
+        target = self.resolve(e.func) if isinstance(e, ast.Call) else None
+        return str(getattr(target, "__module__", "")).startswith("torch.")
 
     def is_look(self, e: ast.Call) -> bool:
         """Whether it is getattr(self, "name", constant) or hasattr(self, "name")."""

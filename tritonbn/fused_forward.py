@@ -141,8 +141,6 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         """The forward that the class has now, written anew; torch.export and torch.jit see what was written."""
         function = kind.forward
         made = variants.get(function)
-        if is_compiling():
-            return plainly if made is None or exporting() else made
         if not (step.is_unchanged(made) if made else function in variants):
             if len(variants) >= MAX_VARIANTS:
                 variants.pop(next(iter(variants)))
@@ -151,11 +149,18 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
     def late(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward; what is returned, and a first argument that is the only one, may be late."""
-        return current()(self, *args, **kwargs)
+        if is_compiling():
+            made = variants.get(kind.forward)
+            return (plainly if made is None or exporting() else made)(self, *args, **kwargs)
+        try:
+            return current()(self, *args, **kwargs)
+        except BaseException as error:
+            step.settle_after(error)
+            raise
 
     @wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return step.finish(current()(self, *args, **kwargs))
+        return step.finish(late(self, *args, **kwargs))
 
     vars(forward)["variants"] = variants
     attributes = {

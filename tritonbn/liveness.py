@@ -13,7 +13,6 @@ class Liveness:
     def __init__(self, body: Sequence[ast.stmt]) -> None:
         self._after: dict[int, Names] = {}
         self._before: dict[int, Names] = {}
-        self._tried: set[int] = set()
         self._block(body, _NONE, _NONE, _NONE, _NONE)
 
     def after(self, s: ast.stmt) -> Names:
@@ -23,10 +22,6 @@ class Liveness:
     def before(self, s: ast.stmt) -> Names:
         """What is read by a statement or after it."""
         return self._before[id(s)]
-
-    def is_tried(self, s: ast.stmt) -> bool:
-        """Whether it stands within a try, whose handlers expect what it raises."""
-        return id(s) in self._tried
 
     def is_last(self, s: ast.stmt, name: str) -> bool:
         """Whether a statement, but for its blocks, reads a variable once, and nobody does afterwards."""
@@ -42,8 +37,6 @@ class Liveness:
         for s in reversed(body):
             after |= caught
             self._after[id(s)] = after
-            if caught:
-                self._tried.add(id(s))
             after = self._before[id(s)] = self._statement(s, after, exits, again, caught)
         return after
 

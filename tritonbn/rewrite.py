@@ -66,7 +66,8 @@ def _within(wrapper: FunctionType, wrapped: FunctionType, inner: Opened, where: 
     cells = wrapper.__closure__ or ()
     if sum(cell.cell_contents is wrapped for cell in cells) != 1:
         raise SourceError(f"is decorated in a way that cannot be followed ({where})")
-    closed = step.closed(inner.function)  # what a decorator does with input and output, it does to tensors
+    # What a decorator does with input and output, it does to tensors.
+    closed = step.closed(step.guarded(inner.function))
     closure = tuple(type(cell)(closed) if cell.cell_contents is wrapped else cell for cell in cells)
     made = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, closure)
     made.__kwdefaults__, made.__dict__ = wrapper.__kwdefaults__, dict(wrapper.__dict__)
@@ -179,7 +180,7 @@ class _Rewriter(Expressions):
 
     def may_hold(self, name: str, s: ast.stmt) -> bool:
         """Whether a variable that a statement writes may hold a Late."""
-        return name in self.locals and name in self.liveness.after(s) and not self.liveness.is_tried(s)
+        return name in self.locals and name in self.liveness.after(s) and not self.caught
 
     def add_in_place(self, s: ast.AugAssign, name: str) -> tuple[list[ast.stmt], set[str]]:
         if name not in self.late:
@@ -227,11 +228,14 @@ class _Rewriter(Expressions):
         if isinstance(s, ast.While):
             new.test = self.plain(s.test)
         guards = isinstance(s, (ast.With, ast.Try))
+        catches = guards and not (isinstance(s, ast.With) and all(self.is_torchs(i.context_expr) for i in s.items))
         self.guarded += guards
+        self.caught += catches
         self.inside(new)
         if isinstance(s, ast.Try):
             new.handlers = [self.inside(copy.copy(handler)) for handler in s.handlers]
         self.guarded -= guards
+        self.caught -= catches
         self.late = []
 
     def inside(self, place: Any) -> Any:

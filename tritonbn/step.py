@@ -5,9 +5,9 @@ the place of one of them takes effect at once. `tritonbn.rewrite` makes forwards
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
 from types import FunctionType, MethodType
 from typing import Any, TypeGuard
 
@@ -54,16 +54,20 @@ class Late:
         self.norm: TritonBatchNorm | None = norm  # None once it was computed
         self.x: Tensor | None = x
         self.residual: Tensor | None = None
-        self.value: Any = None
 
     def compute(self, activation: Activation = IDENTITY) -> Any:
-        """activation(norm(x) + residual); once, then what that was. Raises what the module raises."""
+        """activation(norm(x) + residual), for the only one who needs it. Raises what the module raises."""
         norm, x, residual = self.norm, self.x, self.residual
-        if norm is not None:
-            assert x is not None
-            self.norm = self.x = self.residual = None
-            self.value = norm.normalize(x, activation, residual)
-        return self.value
+        if norm is None:
+            return self.value
+        assert x is not None
+        self.norm = self.x = self.residual = None
+        return norm.normalize(x, activation, residual)
+
+    def settle(self) -> None:
+        """Compute it in its place; who needs it will come."""
+        if self.norm is not None:
+            self.value: Any = self.compute()
 
 
 def remember(made: Callable[..., Any], function: Any, *inner: Any) -> None:
@@ -177,18 +181,9 @@ def beside(function: Any, x: Any, *waiting: Any) -> Any:
             apart = quiet is not False and not (type(x) is Late and x.norm is not None)
             quiet = apart and is_quiet(function, other.norm) and _is_certain(other)
     if quiet:
-        x = finish(x)
-        if is_compiling():
-            return function(x)
-        try:
-            return function(x)
-        except BaseException:
-            for other in waiting:  # as if it had been computed in its place
-                finish(other)
-            raise
+        return function(finish(x))
     if quiet is not None:
-        for other in waiting:
-            finish(other)
+        settle(waiting)
     return call(function, x)
 
 
@@ -202,9 +197,41 @@ def settled(items: Any, value: Any) -> Any:
 def plain(value: Any, *waiting: Any) -> Any:
     """The value; what is late is computed first unless the value is one whose operators do nothing else."""
     if type(value) not in _PLAIN and not isinstance(value, (Enum, nn.ModuleList, nn.Sequential)):
-        for other in waiting:
-            finish(other)
+        settle(waiting)
     return value
+
+
+def settle(values: Iterable[Any]) -> None:
+    """Compute all that is late."""
+    for value in values:
+        if type(value) is Late:
+            value.settle()
+
+
+def settle_after(error: BaseException) -> None:
+    """Compute what waited in functions written anew when an error was raised there: as if it had been in its place."""
+    place = error.__traceback__
+    while place is not None:
+        names = place.tb_frame.f_code.co_freevars
+        if any(name.startswith("tritonbn_") for name in names) or place.tb_frame.f_globals is globals():
+            settle(list(place.tb_frame.f_locals.values()))
+        place = place.tb_next
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function written anew: one that leaves nothing late behind when it raises."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            settle_after(error)
+            raise
+
+    return run
 
 
 def closed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,7 +260,7 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
         return False
     kind = type(module)
     if (kind in _TORCHS and not module._modules) or is_norm(module):
-        return not module.__dict__.get("inplace")
+        return not (module.__dict__.get("inplace") or (module._buffers and _share(module, norm)))
     if is_sequential(module):
         before: Any = None
         for child in children(module):
@@ -249,6 +276,12 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
         return False
     parts = [module._modules.get(name, module) for name in calls]  # module: something else than a child
     return all(part is None or (part is not module and is_quiet(part, norm)) for part in parts)
+
+
+def _share(one: nn.Module, other: nn.Module | None) -> bool:
+    """Whether both have the same tensor for their statistics."""
+    theirs = other._buffers if other is not None else {}
+    return any(mine is not None and mine is theirs.get(name) for name, mine in one._buffers.items())
 
 
 def _activated(x: Late, activation: Activation, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:

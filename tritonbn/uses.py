@@ -68,7 +68,7 @@ def fuse(model: nn.Module) -> None:
             install(container)
         for function, bound in use.functions:
             if isinstance(opened := opened_or_why(function, bound), Opened):
-                (step.METHODS if bound else step.FUNCTIONS)[function] = opened.function
+                (step.METHODS if bound else step.FUNCTIONS)[function] = step.guarded(opened.function)
 
 
 def callers(model: nn.Module) -> list[nn.Module]:
