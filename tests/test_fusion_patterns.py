@@ -316,6 +316,11 @@ def shows_variables(self: Any, x: Tensor) -> Any:
     return y.relu() * len(locals())
 
 
+def asks_for_a_version(self: Any, x: Tensor) -> Any:
+    y = F.relu(self.bn(x), inplace=True)
+    return y * (1 + y._version)
+
+
 def is_a_generator(self: Any, x: Tensor) -> Any:
     yield self.bn(x).relu()
 
@@ -396,6 +401,7 @@ NOT_FUSED: dict[str, tuple[Forward, str]] = {
     "kept-in-a-closure": (kept_in_a_closure, "its output is kept in a variable that others see"),
     "drawn-between": (draws_between, "'torch.rand(1)' comes between it and what follows"),
     "asks-for-its-variables": (shows_variables, "its forward asks for its variables: locals()"),
+    "asks-for-a-version": (asks_for_a_version, "its forward asks how often a tensor was written to: ._version"),
     "is-a-generator": (is_a_generator, "its forward is a generator or a coroutine"),
 }
 

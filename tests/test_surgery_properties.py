@@ -41,6 +41,7 @@ DEEP = settings.get_current_profile_name() == "deep"
 PROFILE = settings.get_profile("deep") if DEEP else settings(PATIENT, max_examples=2000, derandomize=True)
 FOLDER = tempfile.TemporaryDirectory(prefix="tritonbn-generated-")
 NUMBERS = itertools.count()
+RECOMPUTED = "CheckpointError"
 
 
 @pytest.fixture(autouse=True)
@@ -334,6 +335,13 @@ def _check(program: Program, theirs: Side, ours: Side) -> list[str]:
         other = ours.does(action)
         if action.startswith("backward") and outcome["raised"]:
             return errors  # we may succeed where torch misses something that we do not need
+        if (
+            "checkpoint(" in text
+            and ("hook" in text or "watched" in text)
+            and other["raised"]
+            and other["raised"][0] == RECOMPUTED
+        ):
+            return errors  # see docs/swapping.md: a hook came or went between a forward and its recomputation
         Comparison(tolerance, ours.added).alike(f"{i}: {action}", outcome, other)
         if "out" in action:
             Comparison(tolerance, ours.added).alike(f"{i}: {action}", theirs.observable(), ours.observable())

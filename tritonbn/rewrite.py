@@ -54,6 +54,8 @@ def opened(function: FunctionType, bound: bool) -> Opened:
         return _within(function, wrapped, opened(wrapped, bound), where)
     if frames := _FRAMES.intersection(code.co_names):
         raise SourceError(f"asks for its variables: {min(frames)}() ({where})")
+    if "_version" in code.co_names:
+        raise SourceError(f"asks how often a tensor was written to: ._version ({where})")
     rewriter = _Rewriter(source_of(function), bound)
     body = rewriter.function()
     made = rewriter.source.compiled(body, {f"tritonbn_{helper.__name__}": helper for helper in HELPERS})
