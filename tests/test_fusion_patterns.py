@@ -519,6 +519,13 @@ def raised_in_a_context(self: Any, x: Tensor) -> Any:
         return self.missing(y)
 
 
+def both_norms_fail(self: Any, x: Tensor) -> Any:
+    x = x.half()
+    y = self.bn(x)
+    z = self.bn2(x)
+    return torch.relu(y) + z
+
+
 def layer_beside_fails(self: Any, x: Tensor) -> Any:
     y = self.bn(x)
     z = self.linear(x)
@@ -531,6 +538,7 @@ def layer_beside_fails(self: Any, x: Tensor) -> Any:
         number_has_no_add, module_is_missing, global_is_missing, variable_is_missing, operand_is_missing,
         parameter_is_missing, keyword_is_missing, missing_after_two, missing_in_a_method, handled, operand_handled,
         slope_handled, suppressed, operand_suppressed, handled_by_the_caller, raised_in_a_context, layer_beside_fails,
+        both_norms_fail,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("within", [False, True])

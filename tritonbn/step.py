@@ -31,6 +31,7 @@ DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _FRESH = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 _TORCHS = {kind for kind in vars(nn.modules).values() if isinstance(kind, type)}
+_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 # Values whose operators do nothing but compute.
 _PLAIN = {bool, int, float, str, bytes, type(None), tuple, list, dict, torch.dtype, torch.device, torch.Size}
 _ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
@@ -311,8 +312,21 @@ def _is_certain(late: Late) -> bool:
     assert norm is not None
     assert x is not None
     norm._check_input_dim(x)  # type: ignore[no-untyped-call]
-    channels = x.size(1)
-    return channels == norm.num_features and x.numel() > channels
+    channels, dtype, device = x.size(1), x.dtype, x.get_device()
+    if channels != norm.num_features or x.numel() <= channels or dtype not in _DTYPES:
+        return False
+    for vector in (*norm._parameters.values(), *norm._buffers.values()):
+        if (
+            vector is not None
+            and vector.dim()
+            and not (
+                vector.numel() == channels
+                and (vector.dtype is dtype or (vector.dtype is torch.float32 and dtype.itemsize == 2))
+                and vector.get_device() == device
+            )
+        ):
+            return False
+    return True
 
 
 def is_idle(module: Any) -> bool:
