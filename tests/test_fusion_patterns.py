@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import tritonbn
 from tests.fusing import CHANNELS, assert_trains_alike, body, converted, convolution, fused_in, images, net, norm
@@ -593,6 +593,24 @@ def test_statistics_that_the_shortcut_shares_are_updated_in_order(shared: tuple[
     ours = converted(model)
     assert_trains_alike(ours, model, images())
     assert fused_in(ours, images()) == ["", "add + relu"]  # whichever comes last
+
+
+def test_what_docs_say_stays_different() -> None:
+    """The version of what a fused step returns, a weight changed through .data, a hook gone before a recomputation."""
+    model = net(lambda self, x: F.relu(self.bn(x), inplace=True))
+    ours = converted(model)
+    assert (model(images())._version, ours(images())._version) == (1, 0)
+    outputs = [one(images()) for one in (model, ours)]
+    for one, output in zip((model, ours), outputs, strict=True):
+        one.bn.weight.data.zero_()
+        output.sum().backward()
+    assert not torch.allclose(ours.bn.bias.grad, model.bn.bias.grad)
+    watched = converted(net(lambda self, x: torch.relu(self.bn(x) + x)))
+    handle = watched.bn.register_forward_hook(lambda *_: None)
+    output = checkpoint(watched, images().requires_grad_(), use_reentrant=False)
+    handle.remove()
+    with pytest.raises(CheckpointError):
+        output.sum().backward()
 
 
 def test_one_report_of_six_refused_forwards_names_what_and_where() -> None:

@@ -18,7 +18,7 @@ Save = Literal["input", "output"]
 
 _SAVES = get_args(Save)
 _NUMBERS = (float, int)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def batch_norm(
@@ -181,7 +181,7 @@ def _fit(tensors: tuple[Any, ...], training: bool) -> bool:
     """Whether shapes, strides, dtypes and devices are those that the kernels take."""
     x, running_mean, running_var, weight, bias, residual = tensors
     numel = x.numel()
-    if x.dtype not in _DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
+    if x.dtype not in DTYPES or x.dim() < 2 or numel == 0 or x.layout is not torch.strided:
         return False
     N, C = x.shape[0], x.shape[1]
     if not fits(N, C, numel // (N * C)):

@@ -27,8 +27,8 @@ class Layer(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for what our kernels have no plan for."""
-        if len(self.shape) < 2 or min(self.shape) < 1 or self.dtype not in functional._DTYPES:
-            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in functional._DTYPES)
+        if len(self.shape) < 2 or min(self.shape) < 1 or self.dtype not in functional.DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in functional.DTYPES)
             raise ValueError(f"expected [N, C, ...], not empty, of {kinds}; got {list(self.shape)} of {self.dtype}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tritonbn.activations import IDENTITY, Activation, of_call, of_method, of_module
+from tritonbn.functional import DTYPES
 from tritonbn.modules import TritonBatchNorm
 from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
@@ -31,7 +32,6 @@ DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _FRESH = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 _TORCHS = {kind for kind in vars(nn.modules).values() if isinstance(kind, type)}
-_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 # Values whose operators do nothing but compute.
 _PLAIN = {bool, int, float, str, bytes, type(None), tuple, list, dict, torch.dtype, torch.device, torch.Size}
 _ITERATIONS = (nn.ModuleList.__iter__, nn.Sequential.__iter__)
@@ -313,7 +313,7 @@ def _is_certain(late: Late) -> bool:
     assert x is not None
     norm._check_input_dim(x)  # type: ignore[no-untyped-call]
     channels, dtype, device = x.size(1), x.dtype, x.get_device()
-    if channels != norm.num_features or x.numel() <= channels or dtype not in _DTYPES:
+    if channels != norm.num_features or x.numel() <= channels or dtype not in DTYPES:
         return False
     for vector in (*norm._parameters.values(), *norm._buffers.values()):
         if (
