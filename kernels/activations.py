@@ -163,34 +163,3 @@ def gradient(dy, z, ACT: tl.constexpr):
         return tl.where(u > ACT.b, dy, dy * sigmoid(u)[0])
     else:
         return gradient_where(dy, upper(z, ACT), ACT)
-
-
-@triton.jit
-def lowest(dtype: tl.constexpr):
-    """A z for which exp(z) - 1 rounds to -1 in dtype, and no lower than need be."""
-    if dtype == tl.bfloat16:
-        return -6.9
-    elif dtype == tl.float16:
-        return -9.0
-    elif dtype == tl.float32:
-        return -18.0
-    else:
-        return -38.0
-
-
-@triton.jit
-def invert(y, ACT: tl.constexpr):
-    """z with activation(z) = y, in the dtype of the arithmetic; ACT identity, leaky_relu or elu with a > 0.
-
-    elu far below 0 rounds to -a: such y are taken for a z that does.
-    """
-    wide = widen(y)
-    if ACT.name == "leaky_relu":
-        return tl.where(wide > 0.0, wide, wide * (1.0 / ACT.a))
-    elif ACT.name == "elu":
-        v = wide * (1.0 / ACT.a)
-        below = tl.where(v <= -1.0, lowest(y.dtype), log1p(tl.where(v <= -1.0, 0.0, v)))
-        return tl.where(wide > 0.0, wide, below)
-    else:
-        tl.static_assert(ACT.name == "identity")
-        return wide

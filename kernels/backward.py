@@ -9,23 +9,23 @@ With given statistics only the first term is there: dx = weight * rstd * dz. How
 import triton
 import triton.language as tl
 
-from .gradients import load_gradient, load_vectors, recover, store_gradients
+from .gradients import load_gradient, load_vectors, store_gradients
 from .statistics import ratio
-from .tiles import channels, filled, fold, load_channels, load_tile, spread, tile, tile_count, widen
+from .tiles import channels, filled, fold, load_channels, load_tile, normalize, spread, tile, tile_count, widen
 
 
 @triton.jit
 def program_sums(
-    dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, center, scale, shift, R, C, width,
-    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, mean, scale, shift, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """(sum dz, sum dz * (x - mean)) [BLOCK_G] of a group's tiles [t0, t1), and dz and x of tile t0; reads each once.
 
     With dx_ptr, dx = scale * dz is stored in the same pass, with dresidual_ptr dz.
     """
-    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
+    mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     s1, d, x0 = load_gradient(
-        dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t0, center, scale, shift, R, C, width, T, ACT, INVERT
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t0, mean, scale, shift, R, C, width, T, ACT
     )  # [BLOCK_L, BLOCK_R] fp32
     dz0 = s1.to(dy_ptr.dtype.element_ty)
     store_gradients(dx_ptr, dresidual_ptr, s1, scale, group, t0, R, C, width, T)
@@ -33,7 +33,7 @@ def program_sums(
     if not T.ONCE:
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES):
             dz, d, _ = load_gradient(
-                dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width, T, ACT, INVERT
+                dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, mean, scale, shift, R, C, width, T, ACT
             )
             store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
             s1 += dz
@@ -76,14 +76,14 @@ def store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live):
 @triton.jit
 def input_gradients_again(
     dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,
-    center, scale, shift, dz_mean, slope, R, C, width,
-    T: tl.constexpr, ACT: tl.constexpr, INVERT: tl.constexpr, KEPT: tl.constexpr,
+    mean, scale, shift, dz_mean, slope, R, C, width,
+    T: tl.constexpr, ACT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """dx of a group's tiles t1 - 1 down to t0 after their sums; dz0 and x0 are of tile t0 if the program KEPT them.
 
     dresidual, if wanted, was written with the sums and is read in place of dy, residual and bits.
     """
-    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
+    mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     dz_mean, slope = spread(dz_mean, T), spread(slope, T)
     if not T.ONCE:
         if dresidual_ptr is not None:
@@ -94,15 +94,15 @@ def input_gradients_again(
             if dresidual_ptr is not None:
                 at, mask = tile(group, t, R, C, width, T)
                 dz = widen(load_tile(dresidual_ptr, at, mask))
-                d = recover(load_tile(x_ptr, at, mask, True), center, scale, shift, ACT, False)[0]
+                d = normalize(load_tile(x_ptr, at, mask, True), mean, scale, shift)[0]
             else:
                 dz, d, _ = load_gradient(
-                    dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width,
-                    T, ACT, INVERT, True,
+                    dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, mean, scale, shift, R, C, width,
+                    T, ACT, True,
                 )  # fmt: skip
             store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, group, t, R, C, width, T)
     if KEPT:
-        d = recover(x0, center, scale, shift, ACT, INVERT)[0]
+        d = normalize(x0, mean, scale, shift)[0]
         store_gradients(dx_ptr, None, widen(dz0) - dz_mean - d * slope, scale, group, t0, R, C, width, T)
 
 
@@ -117,7 +117,7 @@ def gradient_sums_kernel(
     # fmt: on
     """dbias = sum(dz), dweight = rstd * sum(dz * (x - mean)); the last program of a group merges.
 
-    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x (y without mean), residual, dx,
+    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x, residual, dx,
     dresidual: [R, L] any float; residual (or bits) where z needs it; dx = weight * rstd * dz, for given statistics, and
     dresidual = dz are stored if wanted.  mean, rstd: [C], sums: [2, C], workspace: [P, 2, C] fp32 (fp64).  weight,
     bias, dweight, dbias: [C] any float or None.  ticket: [groups] int32, zero before and after.  Reads dy and x (and
@@ -125,12 +125,12 @@ def gradient_sums_kernel(
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
-    center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+    mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
     s1, s2, _, _ = program_sums(
-        dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, center, scale, shift, R, C, width,
-        T, ACT, mean_ptr is None,
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, mean, scale, shift, R, C, width,
+        T, ACT,
     )  # fmt: skip
     store_partial_sums(workspace_ptr, s1, s2, c, live, C)
     tl.debug_barrier()  # every store of this program comes before the release below
@@ -155,28 +155,28 @@ def input_gradient_kernel(
     # fmt: on
     """dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M); the last tiles come first.
 
-    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (y without mean,
-    None where nothing needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a
+    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (None
+    where nothing needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a
     bit per element or None.  mean, rstd: [C], sums (s1, s2): [2, C] fp32 (fp64).  weight, bias: [C] any float or None.
     Without sums (given statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once,
     writes dx and dresidual once.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
-    center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+    mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     if sums_ptr is not None:
         M = filled(total, R, width, T).to(rstd.dtype)
         dz_mean = spread(ratio(load_channels(sums_ptr, c, live), M), T)
         slope = spread(ratio(load_channels(sums_ptr + C, c, live), M) * rstd * rstd, T)
-    center, scale, shift = spread(center, T), spread(scale, T), spread(shift, T)
+    mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * tiles
     t1 = tl.minimum(t0 + tiles, total)
     for i in tl.range(0, t1 - t0):
         t = t1 - 1 - i
         dz, d, _ = load_gradient(
-            dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, center, scale, shift, R, C, width,
-            T, ACT, mean_ptr is None, True,
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, mean, scale, shift, R, C, width,
+            T, ACT, True,
         )  # fmt: skip
         if sums_ptr is not None:
             store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, group, t, R, C, width, T)
@@ -195,22 +195,22 @@ def backward_kernel(
     # fmt: on
     """The sums, then dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M), in one launch.
 
-    Program i owns channel group i, all of it.  dy, x (y without mean), residual (or None), dx, dresidual (or None):
+    Program i owns channel group i, all of it.  dy, x, residual (or None), dx, dresidual (or None):
     [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C] fp32 (fp64).  weight, bias, dweight, dbias: [C]
     any float or None.  Reads dy and x (and residual or bits) twice, but their first tiles once (once in all where one
     tile is enough), writes dx once; dresidual is written first and read in place of dy, residual and bits.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
-    center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+    mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     s1, s2, dz0, x0 = program_sums(
-        dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, 0, total, center, scale, shift, R, C, width,
-        T, ACT, mean_ptr is None,
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, 0, total, mean, scale, shift, R, C, width,
+        T, ACT,
     )  # fmt: skip
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
     M = filled(total, R, width, T).to(rstd.dtype)
     input_gradients_again(
         dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, 0, total,
-        center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, mean_ptr is None, True,
+        mean, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, True,
     )  # fmt: skip

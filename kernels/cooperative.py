@@ -37,18 +37,18 @@ def slot_barrier(semaphore_ptr):
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles", "groups"])
 def cooperative_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,
-    y_ptr, bits_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, workspace_ptr, semaphore_ptr,
+    y_ptr, bits_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, workspace_ptr, semaphore_ptr,
     R, C, width, tiles, groups,
     eps: tl.float64, momentum: tl.float64,
-    T: tl.constexpr, ACT: tl.constexpr, BLOCK_P: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # fmt: on
     """Statistics, then y = activation((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual), in one launch.
 
     Program (i, j) owns range j of the tiles of groups i, i + slots, ...  x, residual (or None), y: [R, L] any float.
     bits: a bit per element or None.  mean, rstd: [C], workspace: [P, 3, C] fp32 (fp64).  weight, bias, running_*: [C]
-    any float or None.  semaphore: [slots] int32.  Reads x once from memory and, unless one tile is enough, again from
-    L2, residual once, writes y and bits once.
+    any float or None.  counter: [] int64 or None, see `count_batch`.  semaphore: [slots] int32.  Reads x once from
+    memory and, unless one tile is enough, again from L2, residual once, writes y and bits once.
     """
     total = tile_count(R, width, T)
     n = filled(total, R, width, T).to(mean_ptr.dtype.element_ty)
@@ -62,8 +62,8 @@ def cooperative_forward_kernel(
         slot_barrier(semaphore_ptr)
         k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
         mean, rstd = store_statistics(
-            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live & (tl.program_id(1) == 0),
-            n, eps, momentum,
+            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live,
+            group, groups, tl.program_id(1) == 0, n, eps, momentum, CUMULATIVE,
         )  # fmt: skip
         scale = load_scale(weight_ptr, rstd, c, live)
         shift = load_shift(bias_ptr, rstd, c, live)
@@ -84,7 +84,7 @@ def cooperative_backward_kernel(
     # fmt: on
     """The sums, then dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M), in one launch.
 
-    Program (i, j) owns range j of the tiles of groups i, i + slots, ...  dy, x (y without mean), residual (or None),
+    Program (i, j) owns range j of the tiles of groups i, i + slots, ...  dy, x, residual (or None),
     dx, dresidual (or None): [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C], workspace: [P, 2, C]
     fp32 (fp64).  weight, bias, dweight, dbias: [C] any float or None.  semaphore: [slots] int32.  Reads dy and x (and
     residual or bits) once from memory and, unless one tile is enough, again from L2, writes dx once; dresidual is
@@ -97,10 +97,10 @@ def cooperative_backward_kernel(
     for i in tl.range(0, tl.cdiv(groups - tl.program_id(0), tl.num_programs(0))):
         group = tl.program_id(0) + i * tl.num_programs(0)
         c, live = channels(group, C, width, T)
-        center, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+        mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
         s1, s2, dz0, x0 = program_sums(
-            dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, t0, t1, center, scale, shift,
-            R, C, width, T, ACT, mean_ptr is None,
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, t0, t1, mean, scale, shift,
+            R, C, width, T, ACT,
         )  # fmt: skip
         store_partial_sums(workspace_ptr, s1, s2, c, live, C)
         slot_barrier(semaphore_ptr)
@@ -108,6 +108,6 @@ def cooperative_backward_kernel(
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live & (tl.program_id(1) == 0))
         input_gradients_again(
             dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,
-            center, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width,
-            T, ACT, mean_ptr is None, T.ONCE,
+            mean, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width,
+            T, ACT, T.ONCE,
         )  # fmt: skip

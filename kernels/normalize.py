@@ -126,17 +126,18 @@ def inference_kernel(
 @triton.jit(do_not_specialize=["R", "C", "width"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,
-    y_ptr, bits_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    y_ptr, bits_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr,
     R, C, width,
     eps: tl.float64, momentum: tl.float64,
-    T: tl.constexpr, ACT: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):
     # fmt: on
     """Statistics, then y = activation((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual), in one launch.
 
     Program i owns channel group i, all of it.  x, residual (or None), y: [R, L] any float.  bits: a bit per element or
-    None.  mean, rstd: [C] fp32 (fp64).  weight, bias, running_*: [C] any float or None.  Reads x twice, but its first
-    tile once (once in all where one tile is enough), residual once, writes y and bits once.
+    None.  mean, rstd: [C] fp32 (fp64).  weight, bias, running_*: [C] any float or None.  counter: [] int64 or None, see
+    `count_batch`.  Reads x twice, but its first tile once (once in all where one tile is enough), residual once, writes
+    y and bits once.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
@@ -144,8 +145,9 @@ def forward_kernel(
     k, delta, m2, first = program_statistics(x_ptr, group, 0, total, R, C, width, T)
     n = filled(total, R, width, T).to(m2.dtype)
     mean, rstd = store_statistics(
-        mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
-    )
+        mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live,
+        group, tl.num_programs(0), tl.program_id(1) == 0, n, eps, momentum, CUMULATIVE,
+    )  # fmt: skip
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
     normalize_again(

@@ -100,22 +100,51 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
 
 
 @triton.jit
+def count_batch(counter_ptr, group, groups, momentum, owner, CUMULATIVE: tl.constexpr):
+    """Add 1 to the counter [] int64, once for all groups; return the weight of this batch in the running statistics.
+
+    That is momentum, or 1 / counter where CUMULATIVE: the running statistics are then the mean over all batches. Called
+    by each program; one `owner` of each group counts. Programs of other groups may count earlier or later in the same
+    launch, so each adds a high digit of 2^35 and the owner of group 0 takes all of them away again: what the low digits
+    were before the launch follows from what any of them finds.
+    """
+    if CUMULATIVE:
+        DIGIT: tl.constexpr = 1 << 35
+        step = tl.where(group == 0, 1 - (groups - 1).to(tl.int64) * DIGIT, DIGIT)
+        before = tl.atomic_add(counter_ptr, step, mask=owner, sem="relaxed")
+        low = before & (DIGIT - 1)
+        batches = low + tl.where(before < 0, 0, 1)  # below 0: group 0 has counted
+        return ratio(tl.full([], 1.0, tl.float64), batches)
+    else:
+        if counter_ptr is not None:
+            first = (group == 0) & owner
+            tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
+        return momentum
+
+
+@triton.jit
 def store_statistics(
-    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live, group, groups, owner,
+    n, eps, momentum, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Store mean and rstd, update the running statistics (unbiased variance) where live; return (mean, rstd)."""
+    """Store mean and rstd, update the running statistics (unbiased variance) and the counter; return (mean, rstd).
+
+    Only the `owner` of a group stores.
+    """
     mean = k + delta
     rstd = reciprocal_std(ratio(m2, n), eps)
-    tl.store(mean_ptr + c, mean, mask=live)
-    tl.store(rstd_ptr + c, rstd, mask=live)
+    weight = count_batch(counter_ptr, group, groups, momentum, owner, CUMULATIVE)
+    mine = live & owner
+    tl.store(mean_ptr + c, mean, mask=mine)
+    tl.store(rstd_ptr + c, rstd, mask=mine)
     if running_mean_ptr is not None:
-        old = widen(tl.load(running_mean_ptr + c, mask=live, other=0.0))
-        new = old * (1.0 - momentum) + mean * momentum
-        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=live)
+        old = widen(tl.load(running_mean_ptr + c, mask=mine, other=0.0))
+        new = old * (1.0 - weight) + mean * weight
+        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=mine)
     if running_var_ptr is not None:
-        old = widen(tl.load(running_var_ptr + c, mask=live, other=0.0))
-        new = old * (1.0 - momentum) + ratio(m2, n - 1.0) * momentum
-        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=live)
+        old = widen(tl.load(running_var_ptr + c, mask=mine, other=0.0))
+        new = old * (1.0 - weight) + ratio(m2, n - 1.0) * weight
+        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=mine)
     return mean, rstd
 
 
@@ -123,17 +152,17 @@ def store_statistics(
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def statistics_kernel(
     x_ptr,
-    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, workspace_ptr, ticket_ptr,
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, workspace_ptr, ticket_ptr,
     R, C, width, tiles,
     eps: tl.float64, momentum: tl.float64,
-    T: tl.constexpr, BLOCK_P: tl.constexpr,
+    T: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # fmt: on
     """mean = E[x], rstd = (E[(x - mean)^2] + eps)^(-1/2), running statistics; the last program of a group merges.
 
     Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  x: [R, L] any float.  mean, rstd: [C],
-    workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float or None.  ticket: [groups] int32, zero before and after.
-    Reads x once.
+    workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float or None.  counter: [] int64 or None, see `count_batch`.
+    ticket: [groups] int32, zero before and after.  Reads x once.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
@@ -143,10 +172,12 @@ def statistics_kernel(
     store_partial(workspace_ptr, k, delta, m2, c, live, C)
     tl.debug_barrier()  # every store of this program comes before the release below
     ticket = ticket_ptr + group
-    if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
+    if last:
         k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
         n = filled(total, R, width, T).to(m2.dtype)
         store_statistics(
-            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, momentum
-        )
+            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live,
+            group, tl.num_programs(0), last, n, eps, momentum, CUMULATIVE,
+        )  # fmt: skip
         tl.store(ticket, 0)  # ready for the next launch or graph replay

@@ -40,11 +40,6 @@ class Activation(NamedTuple):
         """Whether the derivative takes exponentials."""
         return not self.two_valued and self.name not in ("identity", "hardswish")
 
-    @property
-    def invertible(self) -> bool:
-        """Whether the input follows from the output; what rounding hides (elu far below zero) excepted."""
-        return self.name == "identity" or (self.name in ("leaky_relu", "elu") and self.a > 0)
-
     def apply(self, x: Tensor) -> Tensor:
         """The activation of x by torch's own function, any shape and floating dtype; differentiable."""
         function = _TORCHS[self.name]

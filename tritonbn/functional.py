@@ -1,25 +1,17 @@
 """Batch normalization as a function: `torch.nn.functional.batch_norm` with an activation and a residual."""
 
-import math
-from typing import Any, Literal, get_args
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from tritonbn import autograd, launch, operators
+from tritonbn import autograd, dispatch, launch, operators, private
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
-from tritonbn.plan import fits
-from tritonbn.planning import memory_format_of
-from tritonbn.signature import NONE, SYMBOLIC, Signature, known, parameter_dtype
+from tritonbn.dispatch import DTYPES, SYMBOLIC, Call, Tensors
 
-Save = Literal["input", "output"]
-
-_SAVES = get_args(Save)
-_NUMBERS = (float, int)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
+__all__ = ["DTYPES", "batch_norm", "check_residual"]
 
 def batch_norm(
     input: Tensor,
@@ -33,7 +25,6 @@ def batch_norm(
     *,
     activation: ActivationLike | None = None,
     residual: Tensor | None = None,
-    save: Save = "input",
 ) -> Tensor:
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var per channel.
 
@@ -46,31 +37,58 @@ def batch_norm(
             training: (1 - momentum) * old + momentum * new, with the unbiased variance of the batch.
         weight, bias: [C] or None, in the dtype of `input`, or float32 for 16-bit inputs; statistics likewise.
         training: normalize with the mean and the biased variance of the batch over all dimensions but 1.
-        momentum: weight of the new value in the running statistics.
+        momentum: weight of the new value in the running statistics. Like eps a real number, numpy's too, or a 0-d
+            tensor, which is read by the host.
         eps: added to the variance.
         activation: a name ("relu", "relu6", "leaky_relu(0.01)", "elu(1.0)", "silu", "gelu", "gelu_tanh", "sigmoid",
             "tanh", "hardswish", "hardsigmoid", "mish", "softplus(1.0, 20.0)", "identity"), or the torch module or
             function that computes it. Computed in float32 (float64): nothing is rounded before it.
-        residual: of the shape of `input`, added before the activation; copied once unless it is laid out as `input`.
-        save: what is kept for the backward. "input": x and vectors of size C; the backward computes what entered the
-            activation again. With a residual, one bit per element too if that tells the derivative (relu, relu6,
-            leaky_relu, hardsigmoid), no bit for identity, and for all others a reference to the residual, from which
-            the backward computes it again. "output": y and vectors of size C only, so that x can be freed
-            (Rota Bulo et al. 2018); for identity, leaky_relu and elu with a positive parameter and without residual.
-            The backward then recovers x from y: in 16 bits, and for weights much smaller than their bias, with the few
-            digits of x that y still holds. Where they are too few (a weight of 0, or far below its bias; a channel
-            where elu has no slope left; looking waits for the GPU), under CUDA graph capture and in compiled code, x is
-            kept all the same. First derivatives only.
+        residual: of the shape, dtype and device of `input`, added before the activation; copied once unless it is laid
+            out as `input`.
 
     Returns:
         A new tensor of the shape, dtype and memory format of `input`. Differentiable in input, weight, bias and
-        residual, twice too; the statistics of the batch are accumulated in float32 (float64 for float64).
+        residual, twice too; the statistics of the batch are accumulated in float32 (float64 for float64). The backward
+        keeps the input and vectors of size C, and computes what entered the activation again. With a residual it keeps
+        one bit per element too if that tells the derivative (relu, relu6, leaky_relu, hardsigmoid), no bit for
+        identity, and for all others a reference to the residual, from which it computes that again.
 
     Raises what `torch.nn.functional.batch_norm` raises, in its words, before anything is written; ValueError for an
-    activation that cannot be fused, a residual of another shape, and save="output" where y does not determine x.
+    activation that cannot be fused and a residual of another shape, dtype or device.
 
     CUDA tensors take the Triton kernels (under TRITON_INTERPRET=1, CPU tensors too). All else is torch's own: other
     devices and dtypes, empty tensors, tensor subclasses, torch.func transforms, forward derivatives, export, tracing.
+    Where that is unexpected, as with a CUDA tensor, one warning says why.
+    """
+    act = IDENTITY if activation is None else resolve(activation)
+    return _normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, act, residual, None)
+
+
+def normalize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: Activation,
+    residual: Tensor | None,
+    counter: Tensor | None,
+) -> Tensor:
+    """`batch_norm` that also adds 1 to the counter [] int64 of batches, in the same kernel; counted even if it raises.
+
+    With momentum None the weight of the batch is 1 / counter: the running statistics become the mean over all batches,
+    as in torch's module. Without counter it is 0 then.
+    """
+    tensors = (input, running_mean, running_var, weight, bias, residual, counter)
+    if not has_torch_function_variadic(*tensors):
+        if residual is not None:
+            check_residual(input, residual)
+        average = momentum is None and counter is not None
+        call = _record(tensors, training, 0.0 if momentum is None else momentum, eps)
+
     """
     tensors = (input, running_mean, running_var, weight, bias, residual)
     result: Tensor

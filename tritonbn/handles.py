@@ -1,30 +1,30 @@
 """Compiled kernels, kept: a launch by Triton's JIT costs Python some ten microseconds each time, a kept one two.
 
 The first launch of a kind is Triton's own and leaves its compiled kernel here. Later ones hand it the same arguments as
-Triton does, tensors as addresses, and check nothing: what Triton compiles for is in the key, all of it. Triton's own
-launch is taken wherever that is not enough: with hooks of profilers, in the interpreter, on AMD (where Triton compiles
-for the sizes of tensors too), and for a compiled kernel of a make that is not known.
+Triton does, tensors as addresses, and check nothing: what Triton compiles for is in the key, all of it, and nothing
+else, so that calls of all shapes and layers share a kernel. Triton's own launch is taken wherever that is not enough:
+with hooks of profilers, in the interpreter, on AMD (where Triton compiles for the sizes of tensors too), for a compiled
+kernel of a make that is not known, and for a version of Triton that was not tested.
 """
 
 import re
 from collections.abc import Sequence
 from math import prod
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction, driver
 
+from tritonbn import private
 from tritonbn.model import WARPS_PER_SM
 from tritonbn.occupancy import resident_programs
 from tritonbn.plan import Plan
+from tritonbn.private import JITFunction
 
-# Entries, one for each kernel, plan and sort of arguments; beyond it (shapes that never repeat) all are forgotten.
+# Entries, one for each kernel, tile and sort of arguments; beyond it the oldest are forgotten.
 LIMIT = 4096
 
 _HIP = torch.version.hip is not None
-_runtime = triton.knobs.runtime
 
 Key = tuple[Any, ...]
 
@@ -44,23 +44,28 @@ class Kernel(NamedTuple):
 class Handle(NamedTuple):
     """A compiled kernel on its device, and how it is launched."""
 
-    plan: Plan  # kept, so that its id, which is in the key, remains its own
-    compiled: CompiledKernel
+    compiled: Any
     run: Any  # (grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments)
     function: int
     metadata: Any
     constants: tuple[Any, ...]  # the arguments after those that change, in the kernel's order
+    sort: tuple[Any, ...]  # of the plans that it is compiled for
 
+
+# What calls of one record launched before: by kernel and what else may differ from one such call to the next, the table
+# that the handle is in (another one once all were forgotten), the number of tensors, and the handle.
+Launches = dict[Any, tuple[dict[Key, Handle], int, Handle]]
 
 _kernels: dict[int, Kernel] = {}
 _handles: dict[Key, Handle] = {}
-_fitting: dict[Key, tuple[bool, Plan]] = {}
+_fitting: dict[Key, bool] = {}
+_lock = Lock()
 
 
 def forget() -> None:
     """Drop all handles, as after a change of Triton's driver or settings."""
     global _handles
-    _handles = {}  # another one: what plans keep is of this one
+    _handles = {}  # another one: what records keep is of this one
     _fitting.clear()
 
 
@@ -75,33 +80,38 @@ def options(plan: Plan) -> dict[str, Any]:
         given["maxnreg"] = min(255, 65536 // (32 * warps))
     if plan.cooperative:
         given["launch_cooperative_grid"] = True
-    if plan.ctas > 1:
-        given["num_ctas"] = plan.ctas
     return given
 
 
-def start(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constants: Any) -> None:
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    plan: Plan,
+    *args: Any,
+    launches: Launches | None = None,
+    which: Any = None,
+    **constants: Any,
+) -> None:
     """Launch `kernel` on the device of its first argument; args: tensors, None and numbers, in the kernel's order.
 
-    constants: its compile-time arguments beside T, which is the plan's tile. Raises TooManyPrograms where programs that
-    wait for each other would not all be resident.
+    constants: its compile-time arguments beside T, which is the plan's tile.
+    launches: those of calls by this plan, whose tensors have the same dtypes, and are there or not, if kernel, `which`
+    and constants are the same. Raises TooManyPrograms where programs that wait for each other would not all be resident.
     """
     device = args[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            start(kernel, grid, plan, *args, **constants)
+            start(kernel, grid, plan, *args, launches=launches, which=which, **constants)
         return
-    if type(kernel) is not JITFunction or kernel.pre_run_hooks or _watched() or _HIP:
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks or _HIP or not private.is_launch_plain():
         _must_fit(kernel, grid, plan, args, constants)
         kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         return
-    # A plan of one signature launches each kernel of its forward on arguments that differ in their addresses alone; in
-    # the backward not all gradients are wanted each time.
-    kept = plan.kept if plan.operation != "backward" else None
-    if kept is not None:
-        short = id(kernel), constants.get("ACT")
-        if (found := kept.get(short)) is not None and found[0] is _handles:
-            _, sizes, (_, _, run, function, metadata, fixed) = found
+    short = None
+    if launches is not None:
+        short = id(kernel), which, *constants.values()
+        if (found := launches.get(short)) is not None and found[0] is _handles:
+            _, sizes, (_, run, function, metadata, fixed, _) = found
             addresses = [None if t is None else t.data_ptr() for t in args[:sizes]]
             low = 0
             for address in addresses:
@@ -109,7 +119,7 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constant
                     low |= address
             if low & 15 == 0:
                 run(
-                    grid[0], grid[1] if len(grid) > 1 else 1, 1, driver.active.get_current_stream(device),
+                    grid[0], grid[1] if len(grid) > 1 else 1, 1, private.current_stream(device),
                     function, metadata, None, None, None, *addresses, *args[sizes:], *fixed,
                 )  # fmt: skip
                 return
@@ -120,13 +130,12 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, *args: Any, **constant
         compiled = kernel[grid](*args, T=plan.tile, **constants, **options(plan))
         _keep(key, kernel, plan, compiled, args, constants)
         return
-    if kept is not None and key[3] is None:  # all are aligned
-        kept[short] = _handles, len(addresses), handle
-    _, _, run, function, metadata, fixed = handle
+    if launches is not None and key[3] is None:  # all are aligned
+        launches[short] = _handles, len(addresses), handle
+    _, run, function, metadata, fixed, _ = handle
     run(
-        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
-        driver.active.get_current_stream(device), function, metadata, None, None, None,
-        *addresses, *args[len(addresses) :], *fixed,
+        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, private.current_stream(device),
+        function, metadata, None, None, None, *addresses, *args[len(addresses) :], *fixed,
     )  # fmt: skip
 
 
@@ -156,23 +165,28 @@ def fits_at_once(
             compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps, compiled.metadata.num_ctas,
             torch.cuda.get_device_properties(device),
         )  # fmt: skip
-        if len(_fitting) >= LIMIT:
-            _fitting.clear()
-        known = _fitting[key] = prod(grid) <= at_once, plan
-    return known[0]
+        known = prod(grid) <= at_once
+        put(_fitting, key, known, LIMIT)
+    return known
 
 
 def spills(plan: Plan) -> int | None:
-    """The most that a kernel spills of those that were launched by this very plan; None if none was."""
-    return max((h.compiled.n_spills or 0 for h in list(_handles.values()) if h.plan is plan), default=None)
+    """The most that a kernel spills of those that launches by such a plan take; None if none was kept."""
+    sort = _sort(plan)
+    return max((h.compiled.n_spills or 0 for h in list(_handles.values()) if h.sort == sort), default=None)
 
 
-def _watched() -> bool:
-    """Whether there are hooks on launches, as profilers set: chains of `calls`; in Triton 3.4 a function or None."""
-    try:
-        return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
-    except AttributeError:
-        return _runtime.launch_enter_hook is not None or _runtime.launch_exit_hook is not None
+def put(table: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """table[key] = value; beyond the limit the oldest entries go."""
+    with _lock:
+        while len(table) >= limit and key not in table:
+            del table[next(iter(table))]
+        table[key] = value
+
+
+def _sort(plan: Plan) -> tuple[Any, ...]:
+    """What kernels are compiled for, of a plan."""
+    return plan.operation, plan.launches, plan.cooperative, plan.num_warps, plan.tile
 
 
 def _key(
@@ -180,8 +194,8 @@ def _key(
 ) -> tuple[Key, list[int | None]]:
     """Everything that Triton compiles for, and the addresses of the tensors.
 
-    That is the dtype of each tensor, where there is one and whether it is aligned to 16 bytes, and the value of each
-    size (1 and multiples of 16 may matter, and more than 32 bits do); not of numbers, whose type the kernel gives.
+    That is the dtype of each tensor, where there is one and whether it is aligned to 16 bytes, and of each size whether
+    it exceeds 32 bits (nothing else: `_know` sees to that); not of numbers, whose type the kernel gives.
     """
     _, sizes, numbers = _kernels.get(id(kernel)) or _know(kernel)
     tensors = args[:sizes]
@@ -192,19 +206,29 @@ def _key(
         if address is not None:
             low |= address
     aligned = None if low & 15 == 0 else tuple([address is None or address & 15 == 0 for address in addresses])
-    return (id(kernel), id(plan), device, aligned, *dtypes, *args[sizes:numbers], *constants.items()), addresses
+    wide = tuple([size.bit_length() > 31 for size in args[sizes:numbers]])
+    how = plan.tile, plan.num_warps, plan.cooperative
+    return (id(kernel), how, device, aligned, wide, *dtypes, *constants.items()), addresses
 
 
 def _know(kernel: Any) -> Kernel:
     """Read the kernel's signature, which `_key` relies on."""
-    kinds = "".join(
-        "c" if p.is_constexpr else "n" if p.annotation_type.startswith(("fp", "bf")) else "s" for p in kernel.params
-    )
-    tensors = sum(p.name.endswith("_ptr") for p in kernel.params)
-    kinds = kinds.replace("s", "t", tensors)
-    if not re.fullmatch("t+s*n*c*", kinds) or not all(p.name.endswith("_ptr") for p in kernel.params[:tensors]):
-        raise TypeError(f"{kernel.__name__}: expected tensors *_ptr, sizes, numbers typed fp*, constants in this order")
-    known = _kernels[id(kernel)] = Kernel(kernel, tensors, tensors + kinds.count("s"))
+
+    def kind(parameter: Any) -> str:
+        if parameter.is_constexpr:
+            return "c"
+        if parameter.annotation_type.startswith(("fp", "bf")):
+            return "n"
+        return "t" if parameter.name.endswith("_ptr") else "s" if parameter.do_not_specialize else "?"
+
+    kinds = "".join(map(kind, kernel.params))
+    if not re.fullmatch("t+s*n*c*", kinds):
+        raise TypeError(
+            f"{kernel.__name__}: expected tensors *_ptr, sizes that Triton does not specialize for, numbers typed fp*, "
+            "constants in this order"
+        )
+    sizes = kinds.count("t")
+    known = _kernels[id(kernel)] = Kernel(kernel, sizes, sizes + kinds.count("s"))
     return known
 
 
@@ -213,13 +237,12 @@ def _keep(key: Key, kernel: Any, plan: Plan, compiled: Any, args: Sequence[Any],
     _, sizes, numbers = _kernels[id(kernel)]
     rest, values = kernel.arg_names[len(args) :], {"T": plan.tile, **constants}
     if not (
-        isinstance(compiled, CompiledKernel)
-        and isinstance(compiled.function, int)
-        and all(type(size) is int for size in args[sizes:numbers])  # True and 1.0 are 1 in a key
+        private.is_kept_launch_tested()
+        and private.is_launchable(compiled)
+        and all(type(size) is int for size in args[sizes:numbers])  # True is an integer here, but not to Triton
         and set(rest) == set(values)  # else there are defaults, or constants among the arguments
     ):
         return
-    if len(_handles) >= LIMIT:
-        _handles.clear()
     fixed = tuple(values[name] for name in rest)
-    _handles[key] = Handle(plan, compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed)
+    handle = Handle(compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed, _sort(plan))
+    put(_handles, key, handle, LIMIT)
