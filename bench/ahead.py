@@ -39,7 +39,7 @@ def of_problem(problem: Problem, device: torch.device) -> Iterator[Launch]:
     x = layer.empty("meta")
     for operation in tuning.OPERATIONS:
         costly = operation == "backward" and activation.costly and not epilogue.keeps_bits
-        plan = launch.running(planning.plan_for(operation, x, costly, device))
+        plan = launch.running(planning.plan_for(operation, x, costly, device), x, costly, device)
         yield from of_plan(plan, x, activation, epilogue.residual)
 
 

@@ -60,17 +60,15 @@ class Epilogue(NamedTuple):
 
     activation: Activation = IDENTITY
     residual: bool = False
-    save_output: bool = False
 
     def __str__(self) -> str:
         parts = ["add"] * self.residual + [str(self.activation)] * (self.activation != IDENTITY)
-        return " + ".join(parts + ["(from output)"] * self.save_output) or "-"
+        return " + ".join(parts) or "-"
 
 
 PLAIN = Epilogue()
 COMMON = [Epilogue(resolve("relu")), Epilogue(resolve("relu"), True)]
 EVERY = [Epilogue(resolve(name), residual) for name in NAMES for residual in (False, True)]
-EVERY += [Epilogue(act, save_output=True) for act in map(resolve, NAMES) if act.invertible]
 
 
 class Launch(NamedTuple):
@@ -112,6 +110,7 @@ def record(
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
     w, b, mean, var = torch.empty((4, shape[1]), dtype=parameter, device="meta")
+    counter = torch.empty((), dtype=torch.int64, device="meta")
     activation = epilogue.activation
     residual = x if epilogue.residual else None
     keep_bits = keeps_bits(residual, activation)
@@ -120,14 +119,14 @@ def record(
     bits: torch.Tensor | None = None
 
     def backward(training: bool, *wanted: bool) -> None:
-        saved = launch.Saved(x, w, b, needs_residual, bits, None if epilogue.save_output else mean, var)
+        saved = launch.Saved(x, w, b, needs_residual, bits, mean, var)
         with_residual = epilogue.residual and activation != IDENTITY
         launch.backward(x, saved, training, activation, parameter, (*wanted, with_residual))  # type: ignore[arg-type]
 
     with recording(calls):
         for path in get_args(PlanPath):
             with forced(path), suppress(ValueError):  # not all paths can run all shapes
-                _, bits, _, _ = launch.forward(x, residual, w, b, mean, var, 0.1, 1e-5, activation, keep_bits)
+                _, bits, _, _ = launch.forward(x, residual, w, b, mean, var, counter, 0.1, 1e-5, activation, keep_bits)
             with forced(path), suppress(ValueError):
                 backward(True, True, True, True)
         launch.inference(x, residual, w, b, mean, var, 1e-5, activation, keep_bits, keep=True)
@@ -140,7 +139,9 @@ def record(
 def recording(calls: list[tuple[Launch, Plan]]) -> Iterator[None]:
     """Within, launches are written down instead of started."""
 
-    def note(kernel: Any, grid: Any, plan: Plan, *args: Any, **constants: Any) -> None:
+    def note(
+        kernel: Any, grid: Any, plan: Plan, *args: Any, launches: Any = None, which: Any = None, **constants: Any
+    ) -> None:
         values = dict(zip(kernel.arg_names, args, strict=False))
         fixed = {name: None for name, value in values.items() if value is None} | {"T": plan.tile} | constants
         signature = tuple((name, _kind(value)) for name, value in values.items() if name not in fixed)

@@ -143,7 +143,9 @@ CASES = [
 ]
 
 
-def by_jit(kernel: Any, grid: tuple[int, ...], plan: Any, *args: Any, **constants: Any) -> None:
+def by_jit(
+    kernel: Any, grid: tuple[int, ...], plan: Any, *args: Any, launches: Any = None, which: Any = None, **constants: Any
+) -> None:
     """A launch as Triton does it."""
     kernel[grid](*args, T=plan.tile, **constants, **handles.options(plan))
 
@@ -184,7 +186,7 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
             plan = plan_for("forward", x)
 
         def inner() -> object:
-            return launch.forward(x, None, w, b, t.mean, t.var, 0.1, 1e-5, plan=plan)
+            return launch.forward(x, None, w, b, t.mean, t.var, None, 0.1, 1e-5, planned=plan)
 
         found += [
             Variant("no_grad", ours, grad=False),

@@ -127,9 +127,9 @@ def plans(problem: Problem, direction: Direction, x: Tensor) -> tuple[str, str]:
     costly = resolve(epilogue.activation).costly and not epilogue.keeps_bits
     found = []
     if direction != "backward":
-        found.append(launch.running(planning.plan_for("forward", x)))
+        found.append(launch.running(planning.plan_for("forward", x), x))
     if direction != "forward":
-        found.append(launch.running(planning.plan_for("backward", x, costly)))
+        found.append(launch.running(planning.plan_for("backward", x, costly), x, costly))
     return "; ".join(map(str, found)), "/".join(dict.fromkeys(p.path for p in found))
 
 

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import triton.language as tl
 
 from bench import quick_interpreter
-from tritonbn import launch, signature, tickets
+from tritonbn import launch, dispatch, tickets
 
 if launch.INTERPRETED:
     quick_interpreter.hurry()
@@ -44,7 +44,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
     """No test depends on what others were told about their tensors."""
-    signature.forget()
+    dispatch.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What takes the kernels and what is left to torch: a silent fallback would pass every comparison with torch."""
+"""What is known of a call's tensors is looked at again as soon as anything about them changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,95 +6,158 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
-from torch.utils.flop_counter import FlopCounterMode
 
-import tritonbn
 from tests.launches import recorded
-from tritonbn import functional
+from tritonbn import functional, plan
 from tritonbn.functional import batch_norm
+from tritonbn.signature import Signature, known
 
-FORWARD = {"forward_kernel", "statistics_kernel", "normalize_kernel", "inference_kernel"}
-
-
-def randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device=device).to(dtype)
+Tensors = dict[str, Any]
+NAMES = ("x", "running_mean", "running_var", "weight", "bias", "residual")
 
 
-SHAPES = [(6, 3), (6, 3, 1), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 2, 2), (2, 3, 2, 2, 2, 2)]
+def tensors(device: torch.device) -> Tensors:
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    w, b = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    return dict(zip(NAMES, (torch.randn(4, 3, device=device), mean, var, w, b, None), strict=True))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_takes_the_kernels(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device) -> None:
-    for parameters in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
-        mean, var, weight, bias = (torch.rand(3, device=device).to(parameters) for _ in range(4))
-        x = randn(*shape, device=device, dtype=dtype).requires_grad_()
-        with recorded() as kernels:
-            y = batch_norm(x, mean, var, weight.requires_grad_(), bias.requires_grad_(), training=training)
-            assert 1 <= len(kernels) <= 2
-            assert set(kernels) <= FORWARD
-            kernels.clear()
-            y.sum().backward()  # type: ignore[no-untyped-call]
-            assert 1 <= len(kernels) <= 2
-            assert not set(kernels) & FORWARD
+class Looks:
+    """`known`, and how often it had to look."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, given: Tensors, training: bool = True) -> Signature:
+        return known(tuple(given[name] for name in NAMES), training, self.look)
+
+    def look(self, given: tuple[Any, ...], training: bool) -> Signature:
+        self.count += 1
+        return functional._look(given, training)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(2, 3),
-    "slice": lambda x: x[:, :, 1:, ::2],
-    "expanded": lambda x: x[:1].expand(4, -1, -1, -1),
-    "parameter": nn.Parameter,
-}
+def test_tensors_that_look_the_same_are_known(device: torch.device) -> None:
+    looks, given = Looks(), tensors(device)
+    first = looks(given)
+    for x in (given["x"], given["x"], torch.randn(4, 3, device=device), torch.zeros(8, 3, device=device)[:4]):
+        assert looks(given | {"x": x}) is first
+    assert looks.count == 1
+    assert first.fits
+    assert first.records
+    assert first.dense
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts_take_the_kernels(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    with recorded() as kernels:
-        batch_norm(layout(randn(2, 3, 4, 4, device=device)), None, None, training=True)
-    assert kernels
+def other_data(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    """The same tensor object with other data."""
+
+    def apply(given: Tensors) -> None:
+        given[name].data = change(given[name].data)
+
+    return apply
 
 
-def test_compiled_code_takes_the_kernels(device: torch.device) -> None:
-    compiled = torch.compile(nn.Sequential(tritonbn.BatchNorm1d(3).to(device)), backend="aot_eager", fullgraph=True)
-    with recorded() as kernels:
-        compiled(randn(6, 3, device=device))
-    assert set(kernels) & FORWARD
+def other(name: str, make: Callable[[Tensor], Any]) -> Callable[[Tensors], None]:
+    """Another tensor in its place."""
+
+    def apply(given: Tensors) -> None:
+        given[name] = make(given[name])
+
+    return apply
 
 
-def test_a_dispatch_mode_keeps_the_kernels(device: torch.device) -> None:
-    with recorded() as kernels, FlopCounterMode(display=False):
-        batch_norm(randn(6, 3, device=device), None, None, training=True)
-    assert set(kernels) & FORWARD
+def inference(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.detach().clone()
 
 
 class Subclass(Tensor):
-    pass
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
-LEFT: dict[str, Callable[[Tensor], Any]] = {
-    "empty": lambda x: batch_norm(x[:0], None, None, training=True),
-    "subclass": lambda x: batch_norm(x.as_subclass(Subclass), None, None, training=True),
-    "vmap": lambda x: vmap(lambda v: batch_norm(v, None, None, training=True))(x[None]),
-    "traced": lambda x: torch.jit.trace(lambda v: batch_norm(v, None, None, training=True), x, check_trace=False)(x),  # type: ignore[no-untyped-call]
-    "meta": lambda x: batch_norm(x.to("meta"), None, None, training=True),
-    "exported": lambda x: torch.export.export(tritonbn.BatchNorm1d(3).to(x.device).eval(), (x,)),
+CHANGES: dict[str, Callable[[Tensors], None]] = {
+    "dtype": other("x", Tensor.half),
+    "shape": other("x", lambda x: x[:2]),
+    "strides": other("x", lambda x: torch.zeros(3, 4, device=x.device).t()),
+    "requires-grad": other("x", lambda x: x.detach().requires_grad_()),
+    "negative-view": other("x", torch._neg_view),
+    "inference-tensor": other("x", inference),
+    "subclass": other("x", lambda x: x.as_subclass(Subclass)),
+    "residual": other("residual", lambda _: torch.zeros(4, 3)),
+    "no-weight": other("weight", lambda w: None),
+    "no-statistics": other("running_mean", lambda m: None),
+    "weight-dtype-in-place": other_data("weight", Tensor.double),
+    "weight-shape-in-place": other_data("weight", lambda w: w[:2]),
+    "weight-strides-in-place": other_data("weight", lambda w: torch.ones(6, device=w.device)[::2]),
+    "weight-frozen-in-place": lambda given: given["weight"].requires_grad_(False),
+    "statistics-dtype-in-place": other_data("running_mean", Tensor.half),
+    "statistics-expanded-in-place": other_data("running_var", lambda v: v[:1].expand(3)),
+    "statistics-learned-in-place": lambda given: given["running_var"].requires_grad_(),
+    "statistics-of-inference-mode": other("running_mean", inference),
 }
 
 
-@pytest.mark.parametrize("call", LEFT.values(), ids=LEFT)
-def test_left_to_torch(call: Callable[[Tensor], Any], device: torch.device) -> None:
-    with recorded() as kernels:
-        call(randn(6, 3, device=device))
-    assert not kernels
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_any_change_is_looked_at(change: Callable[[Tensors], None], device: torch.device) -> None:
+    looks, given = Looks(), tensors(device)
+    looks(given)
+    change(given)
+    found = looks(given)
+    assert looks.count == 2
+    assert found == functional._look(tuple(given[name] for name in NAMES), True)
 
 
-def test_tensors_beyond_32_bit_indices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    asked = []
-    monkeypatch.setattr(functional, "fits", lambda *sizes: asked.append(sizes))
-    with recorded() as kernels:
-        batch_norm(randn(2, 3, 4, 5, device=device), None, None, training=True)
-    assert not kernels
-    assert asked == [(2, 3, 20)]
+def test_the_mode_is_looked_at(device: torch.device) -> None:
+    looks, given = Looks(), tensors(device)
+    assert looks(given).records
+    with torch.no_grad():
+        assert not looks(given).records
+    assert looks(given).records
+    looks(given, training=False)
+    assert looks.count == 3
+    with torch.inference_mode():
+        assert not looks(given).records
+
+
+def test_transforms_and_traces_see_each_operation(device: torch.device) -> None:
+    looks, given = Looks(), tensors(device)
+    given["x"].requires_grad_(False)
+    assert looks(given).fits
+    found = []
+
+    def inside(x: Tensor) -> Tensor:
+        found.append(looks(given).fits)
+        found.append(looks(given | {"x": x}).fits)
+        leaked.append(x)
+        return x.sum()
+
+    leaked: list[Tensor] = []
+    torch.func.grad(inside)(given["x"])
+    torch.jit.trace(inside, given["x"], check_trace=False)  # type: ignore[no-untyped-call]
+    assert found == [False] * 4
+    assert not looks(given | {"x": leaked[0]}).fits, "a tensor of a transform that is over"
+    assert looks(given).fits
+
+
+def test_plans_follow_what_forces_them(device: torch.device) -> None:
+    given = tensors(device)
+    found = Looks()(given)
+    own = found.plan("forward", given["x"])
+    assert found.plan("forward", given["x"]) is own
+    with plan.forced("split"):
+        assert found.plan("forward", given["x"]).path == "split"
+    assert found.plan("forward", given["x"]) == own
+    assert found.plan("backward", given["x"]).operation == "backward"
+
+
+def test_parameters_converted_in_place_get_kernels_of_their_dtype(device: torch.device) -> None:
+    """The module keeps its tensors, and `.double()` gives them other data: a launch for float32 would misread it."""
+    module = nn.BatchNorm1d(3, device=device)
+    x = torch.randn(8, 3, device=device)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        module.to(dtype)
+        given = module.running_mean, module.running_var, module.weight, module.bias
+        with recorded() as kernels:
+            y = batch_norm(x.to(dtype), *given, training=True)
+        assert kernels
+        expected = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIMIT = 2048
 EACH = 8
 
+# Reasons of calls that are no loss.
+REFUSED = "torch refuses it"
+EMPTY = "the input is empty"
+
 # input, running_mean, running_var, weight, bias, residual, num_batches_tracked
 Tensors = tuple[Any, ...]
 
@@ -139,25 +143,29 @@ def misfit(tensors: Tensors, training: bool) -> str:
     x, running_mean, running_var, weight, bias, residual, counter = tensors
     numel = x.numel()
     if x.dtype not in DTYPES or x.layout is not torch.strided:
-        return f"expected a dense input of {', '.join(map(_name, DTYPES))}, got {_name(x.dtype)}, {x.layout}"
-    if x.dim() < 2 or numel == 0:
-        return f"expected an input [N, C, ...] that is not empty, got {list(x.shape)}"
+        return "the input is not float32, bfloat16, float16 or float64, or not dense"
+    if numel == 0:
+        return EMPTY
+    if x.dim() < 2:
+        return REFUSED
     N, C = x.shape[0], x.shape[1]
     if not fits(N, C, numel // (N * C)):
-        return f"32-bit indices do not reach all of {list(x.shape)}"
+        return "32-bit indices do not reach all of the input"
     if training:
         if numel == C or (running_mean is None) != (running_var is None):
-            return "torch refuses it"
+            return REFUSED
     elif running_mean is None or running_var is None:
-        return "torch refuses it"
+        return REFUSED
     if not _vectors_fit(x, C, running_mean, running_var, weight, bias):
-        return f"weights and statistics are not all [{C}] of {_name(x.dtype)}, or all of float32 for 16-bit inputs"
+        return (
+            "weights and statistics are not all [C] on the device of the input, of its dtype (or float32 for 16 bits)"
+        )
     if counter is not None and not (
         counter.dtype is torch.int64 and counter.numel() == 1 and counter.device == x.device
     ):
-        return f"num_batches_tracked is no int64 on {x.device}"
+        return "num_batches_tracked is no int64 on the device of the input"
     if residual is not None and residual.layout is not torch.strided:
-        return f"the residual is {residual.layout}"
+        return "the residual is sparse"
     statistics = [s for s in (running_mean, running_var) if s is not None]
     if torch.is_grad_enabled() and any(s.requires_grad for s in statistics):
         return "running statistics require gradients"
@@ -183,7 +191,3 @@ def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
 def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     """The dtype of the parameters' gradients."""
     return next((p.dtype for p in parameters if p is not None), x.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

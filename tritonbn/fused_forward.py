@@ -11,7 +11,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from tritonbn import step
-from tritonbn.functional import exporting
+from tritonbn.private import is_exporting
 from tritonbn.rewrite import Opened, opened
 from tritonbn.source import SourceError
 from tritonbn.types import original, reclass, unsharded
@@ -151,7 +151,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         """The forward; what is returned, and a first argument that is the only one, may be late."""
         if is_compiling():
             made = variants.get(kind.forward)
-            return (plainly if made is None or exporting() else made)(self, *args, **kwargs)
+            return (plainly if made is None or is_exporting() else made)(self, *args, **kwargs)
         try:
             return current()(self, *args, **kwargs)
         except BaseException as error:

@@ -96,7 +96,7 @@ def start(
 
     constants: its compile-time arguments beside T, which is the plan's tile.
     launches: those of calls by this plan, whose tensors have the same dtypes, and are there or not, if kernel, `which`
-    and constants are the same. Raises TooManyPrograms where programs that wait for each other would not all be resident.
+    and constants are the same. Raises TooManyPrograms where programs that wait for each other do not fit the GPU.
     """
     device = args[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():

@@ -1,22 +1,24 @@
 """One function per operation: look the plan up, allocate, launch, return. No mathematics, no second dispatch.
 
 All functions take x dense in its memory format, see `memory_format_of`, and return tensors in that format; residual and
-dy are laid out as x. `pooled`: scratch memory may be kept from call to call, see `tickets.py`. `plan`: if it is known.
+dy are laid out as x, vectors are contiguous: `autograd` sees to that. planned: the plan and what such calls launched,
+if that is known, or a plan.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
-from tritonbn import handles
+from tritonbn import handles, planning, private
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.kernels.backward import backward_kernel, gradient_sums_kernel, input_gradient_kernel
 from tritonbn.kernels.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from tritonbn.kernels.normalize import forward_kernel, inference_kernel, normalize_kernel
 from tritonbn.kernels.statistics import statistics_kernel
-from tritonbn.plan import Plan, independent
+from tritonbn.plan import Operation, Plan, independent
 from tritonbn.planning import device_of, memory_format_of, plan_for, problem_of
 from tritonbn.tickets import Purpose, scratch
 
@@ -24,19 +26,20 @@ from tritonbn.tickets import Purpose, scratch
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 # The one place where a kernel starts.
 _launch = handles.start
-# What runs in the place of plans whose programs do not fit the GPU at a time.
-_instead: dict[Plan, Plan] = {}
+# Plans whose programs a device, by its index, was found not to hold at a time; the oldest are forgotten.
+_too_many: dict[tuple[int, Plan], bool] = {}
+LIMIT = 1024
 
 
 class Saved(NamedTuple):
-    """What the backward needs beside dy; without mean, x is the forward's output."""
+    """What the backward needs beside dy."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     residual: Tensor | None  # if the derivative of the activation is to be computed from it
     bits: Tensor | None  # if they tell the derivative of the activation
-    mean: Tensor | None
+    mean: Tensor
     rstd: Tensor
 
 
@@ -52,6 +55,15 @@ class Gradients(NamedTuple):
 Wanted = tuple[bool, bool, bool, bool]
 
 
+class Planned(Protocol):
+    """A plan, and what calls of one sort launched by it."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def launches(self) -> handles.Launches | None: ...
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -59,39 +71,46 @@ def forward(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
+    counter: Tensor | None,
+    momentum: float | None,
     eps: float,
     activation: Activation = IDENTITY,
     keep_bits: bool = False,
-    pooled: bool = True,
-    plan: Plan | None = None,
+    planned: Planned | Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, bits, mean, rstd) with statistics of the batch; the running ones are updated in place."""
-    plan = plan or plan_for("forward", x)
-    if plan.cooperative:  # asking takes microseconds
-        plan = running(plan)
+    """(y, bits, mean, rstd) with statistics of the batch; the running ones and the counter are updated in place.
+
+    momentum None: the weight of this batch in the running statistics is 1 / counter.
+    """
+    plan, launches = _planned(planned, "forward", x)
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vectors(x, running_mean)
-    operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var
+    cumulative = momentum is None
+    numbers = eps, 0.0 if momentum is None else momentum
+    operands = x, residual, weight, bias, y, bits, mean, rstd, running_mean, running_var, counter
     if plan.cooperative:
         if _launch_together(
             cooperative_forward_kernel, plan,
-            *operands, *_scratch(x, plan, 3, "semaphores", pooled), *plan.sizes, plan.reduce_tiles,
-            plan.groups, eps, momentum, ACT=activation, BLOCK_P=plan.merge_block,
+            *operands, *_scratch(x, plan, 3, "semaphores"), *plan.sizes, plan.reduce_tiles, plan.groups, *numbers,
+            launches=launches, ACT=activation, CUMULATIVE=cumulative, BLOCK_P=plan.merge_block,
         ):  # fmt: skip
             return y, bits, mean, rstd
-        plan = _instead[plan] = independent(problem_of("forward", x), device_of(x.device))
+        plan, launches = independent(problem_of("forward", x), device_of(x.device)), None
     if plan.launches == 1:
-        _launch(forward_kernel, (plan.groups,), plan, *operands, *plan.sizes, eps, momentum, ACT=activation)
+        _launch(
+            forward_kernel, (plan.groups,), plan, *operands, *plan.sizes, *numbers,
+            launches=launches, ACT=activation, CUMULATIVE=cumulative,
+        )  # fmt: skip
         return y, bits, mean, rstd
     _launch(
         statistics_kernel, (plan.groups, plan.splits), plan,
-        x, mean, rstd, running_mean, running_var, *_scratch(x, plan, 3, "tickets", pooled),
-        *plan.sizes, plan.reduce_tiles, eps, momentum, BLOCK_P=plan.merge_block,
+        x, mean, rstd, running_mean, running_var, counter, *_scratch(x, plan, 3, "tickets"),
+        *plan.sizes, plan.reduce_tiles, *numbers, launches=launches, CUMULATIVE=cumulative, BLOCK_P=plan.merge_block,
     )  # fmt: skip
     _launch(
         normalize_kernel, (plan.groups, plan.apply_splits), plan,
-        x, residual, mean, rstd, weight, bias, y, bits, *plan.sizes, plan.apply_tiles, ACT=activation,
+        x, residual, mean, rstd, weight, bias, y, bits, *plan.sizes, plan.apply_tiles,
+        launches=launches, ACT=activation,
     )  # fmt: skip
     return y, bits, mean, rstd
 
@@ -107,16 +126,16 @@ def inference(
     activation: Activation = IDENTITY,
     keep_bits: bool = False,
     keep: bool = False,
-    plan: Plan | None = None,
+    planned: Planned | Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(y, bits, mean, rstd) with given statistics; mean and rstd as the backward needs them if `keep`, else None."""
-    plan = plan or plan_for("inference", x)
+    plan, launches = _planned(planned, "inference", x)
     y, bits = _output(x, plan, keep_bits)
     mean, rstd = _vectors(x, running_mean) if keep else (None, None)
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
         x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *plan.sizes, plan.apply_tiles,
-        eps, ACT=activation,
+        eps, launches=launches, which=keep, ACT=activation,
     )  # fmt: skip
     return y, bits, mean, rstd
 
@@ -128,40 +147,39 @@ def backward(
     activation: Activation,
     parameter_dtype: torch.dtype,
     wanted: Wanted,
-    pooled: bool = True,
-    plan: Plan | None = None,
+    planned: Planned | Plan | None = None,
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
     x, weight, bias, residual, bits, mean, rstd = saved
-    plan = plan or plan_for("backward", x, costs(activation, bits))
-    if plan.cooperative:  # asking takes microseconds
-        plan = running(plan)
+    costly = costs(activation, bits)
+    plan, launches = _planned(planned, "backward", x, costly)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
     operands = dy, x, residual, bits, *vectors
     both_passes = training and dx is not None
-    if plan.cooperative and both_passes and _launch_together(
-        cooperative_backward_kernel, plan,
-        *operands, *outputs, *_scratch(x, plan, 2, "semaphores", pooled), *plan.sizes,
-        plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
-    ):  # fmt: skip
-        return gradients
-    if plan.cooperative or (plan.ctas > 1 and not both_passes):
-        other = independent(problem_of("backward", x, costs(activation, bits)), device_of(x.device))
-        if both_passes:
-            _instead[plan] = other
-        plan = other
+    which = wanted, training
+    if plan.cooperative:
+        if both_passes and _launch_together(
+            cooperative_backward_kernel, plan,
+            *operands, *outputs, *_scratch(x, plan, 2, "semaphores"), *plan.sizes, plan.reduce_tiles, plan.groups,
+            launches=launches, which=which, ACT=activation, BLOCK_P=plan.merge_block,
+        ):  # fmt: skip
+            return gradients
+        plan, launches = independent(problem_of("backward", x, costly), device_of(x.device)), None
     if plan.launches == 1 and both_passes:
-        _launch(backward_kernel, (plan.groups,), plan, *operands, *outputs, *plan.sizes, ACT=activation)
+        _launch(
+            backward_kernel, (plan.groups,), plan, *operands, *outputs, *plan.sizes,
+            launches=launches, which=which, ACT=activation,
+        )  # fmt: skip
         return gradients
     sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if both_passes else None
     if not (dweight is None and dbias is None and sums is None):
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
             dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
-            *_scratch(x, plan, 2, "tickets", pooled), *plan.sizes, plan.reduce_tiles,
-            ACT=activation, BLOCK_P=plan.merge_block,
+            *_scratch(x, plan, 2, "tickets"), *plan.sizes, plan.reduce_tiles,
+            launches=launches, which=which, ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
         if sums is None:
             return gradients
@@ -173,7 +191,7 @@ def backward(
     _launch(
         input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
         dy, x if needs_x else None, residual, bits, *vectors, sums, dx, dresidual, *plan.sizes, plan.apply_tiles,
-        ACT=activation,
+        launches=launches, which=which, ACT=activation,
     )  # fmt: skip
     return gradients
 
@@ -188,16 +206,48 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def running(plan: Plan) -> Plan:
-    """The plan that runs instead of one whose programs were found not to fit the GPU at a time; else itself."""
-    return _instead.get(plan, plan)
+def running(plan: Plan, x: Tensor, costly: bool = False, device: torch.device | None = None) -> Plan:
+    """What runs by a plan for x: another one where a device was found not to hold its programs at a time.
+
+    device: if it is not to be that of x.
+    """
+    if not plan.cooperative:
+        return plan
+    where = device or x.device
+    if (where.index, plan) not in _too_many and planning.holds_together(where):
+        return plan
+    return independent(problem_of(plan.operation, x, costly), device_of(where))
 
 
-def _launch_together(kernel: Any, plan: Plan, *args: Any, **constants: Any) -> bool:
-    """Launch programs that wait for each other; False, and nothing happens, if the GPU cannot hold all at a time."""
+def _planned(
+    planned: Planned | Plan | None, operation: Operation, x: Tensor, costly: bool = False
+) -> tuple[Plan, handles.Launches | None]:
+    """The plan that runs, and what such calls launched by it."""
+    if planned is None:
+        return running(plan_for(operation, x, costly), x, costly), None
+    if isinstance(planned, Plan):
+        return running(planned, x, costly), None
+    plan = planned.plan
+    if plan.cooperative and (instead := running(plan, x, costly)) is not plan:
+        return instead, None
+    return plan, planned.launches
+
+
+def _launch_together(kernel: Any, plan: Plan, *args: Any, **rest: Any) -> bool:
+    """Launch programs that wait for each other; False, and nothing happened, if the GPU does not hold all of them."""
+    device = args[0].device
     try:
-        _launch(kernel, plan.grid, plan, *args, **constants)
+        _launch(kernel, plan.grid, plan, *args, **rest)
     except handles.TooManyPrograms:
+        handles.put(_too_many, (device.index, plan), True, LIMIT)
+        return False
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TritonError) as error:  # under MPS or in a green context, say
+        if not isinstance(kernel, triton.JITFunction):  # the interpreter's
+            raise
+        planning.refuse_together(device)
+        private.tell(f"{device} refuses programs that wait for each other, so that others run: {error}")
         return False
     return True
 
@@ -209,9 +259,10 @@ def _output(x: Tensor, plan: Plan, keep_bits: bool) -> tuple[Tensor, Tensor | No
 
 def _vectors(x: Tensor, like: Tensor | None) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] in the dtype of the arithmetic on x."""
-    if like is None or like.dtype is not arithmetic_dtype(x):
-        like = torch.empty(x.shape[1], dtype=arithmetic_dtype(x), device=x.device)
-    return torch.empty_like(like), torch.empty_like(like)
+    if like is not None and like.dtype is arithmetic_dtype(x):  # half the time
+        return torch.empty_like(like), torch.empty_like(like)
+    C, dtype, device = x.shape[1], arithmetic_dtype(x), x.device
+    return torch.empty(C, dtype=dtype, device=device), torch.empty(C, dtype=dtype, device=device)
 
 
 def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradients:
@@ -225,7 +276,7 @@ def _gradients(x: Tensor, parameter_dtype: torch.dtype, wanted: Wanted) -> Gradi
     return Gradients(dx, dweight, dbias, dresidual)
 
 
-def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose, pooled: bool) -> tuple[Tensor, Tensor]:
+def _scratch(x: Tensor, plan: Plan, values: int, purpose: Purpose) -> tuple[Tensor, Tensor]:
     """Room for partial results [P, values, C] in the dtype of the arithmetic on x, and counters of the groups."""
     counters = plan.slots if purpose == "semaphores" else plan.groups
-    return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), purpose, counters, pooled)
+    return scratch(x, plan.splits * values * x.shape[1], arithmetic_dtype(x), purpose, counters)

@@ -24,38 +24,25 @@ class TritonBatchNorm(_BatchNorm):
         return self.normalize(input)
 
     def normalize(
-        self,
-        input: Tensor,
-        activation: ActivationLike | None = None,
-        residual: Tensor | None = None,
-        save: functional.Save = "input",
+        self, input: Tensor, activation: ActivationLike | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """activation(batch norm of input + residual) with this module's parameters, statistics and mode."""
+        """activation(batch norm of input + residual) with this module's parameters, statistics, counter and mode."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
         resolved = IDENTITY if activation is None else resolve(activation)
-        if residual is not None or save != "input":
-            functional.check_epilogue(input, residual, resolved, save)  # a rejected call is not counted
+        if residual is not None:
+            functional.check_residual(input, residual)  # a rejected call is not counted
         training = self.training
         mean, var = self.running_mean, self.running_var
-        momentum = self._count_batch()
         use_batch = training or (mean is None and var is None)
-        if training and not self.track_running_stats:
-            mean, var = None, None  # buffers that are not tracked must not reach the function: it would update them
-        return functional.batch_norm(
-            input, mean, var, self.weight, self.bias, use_batch, momentum, self.eps,
-            activation=resolved, residual=residual, save=save,
-        )  # fmt: skip
-
-    def _count_batch(self) -> float:
-        """Advance the counter where torch does; return the weight of this batch in the running statistics."""
-        momentum = self.momentum
-        if self.training and self.track_running_stats:
-            counter = self.num_batches_tracked
-            if counter is not None:
-                counter.add_(1)
-                if momentum is None:
-                    return 1.0 / float(counter)
-        return 0.0 if momentum is None else momentum
+        counter = None
+        if training:
+            if self.track_running_stats:
+                counter = self.num_batches_tracked
+            else:
+                mean, var = None, None  # buffers that are not tracked must not reach the function: it would update them
+        return functional.normalize(
+            input, mean, var, self.weight, self.bias, use_batch, self.momentum, self.eps, resolved, residual, counter
+        )
 
 
 def leaf_node(module: nn.Module, *inputs: object) -> Tensor | None:
@@ -98,15 +85,11 @@ class _BatchNormAct(TritonBatchNorm):
         track_running_stats: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        save: functional.Save = "input",
         **options: Any,
     ) -> None:
         resolved = resolve(activation)
-        functional.check_epilogue(None, None, resolved, save)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation: ActivationLike | None = resolved
-        self.save = save
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input, residual: [N, C, ...] float of one shape -> same shape, input's dtype and memory format.
@@ -115,22 +98,21 @@ class _BatchNormAct(TritonBatchNorm):
         """
         if (node := leaf_node(self, input, *(() if residual is None else (residual,)))) is not None:
             return node
-        return self.normalize(input, self.activation, residual, self.save)
+        return self.normalize(input, self.activation, residual)
 
     def extra_repr(self) -> str:
-        """torch's, then the activation and, unless it is the default, what is saved."""
+        """torch's, then the activation."""
         inherited = super().extra_repr()  # type: ignore[no-untyped-call]
-        text = f"{inherited}, activation={resolve(self.activation)}"
-        return text if self.save == "input" else f"{text}, save={self.save}"
+        return f"{inherited}, activation={resolve(self.activation)}"
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
     """activation(BatchNorm1d(x) + residual) in one operation, forward and backward; `state_dict` as BatchNorm1d's.
 
-    activation: a name such as "relu" or "leaky_relu(0.2)", a torch module or function. save="output" keeps the output
-    for the backward instead of the input, see `tritonbn.functional.batch_norm`. The rest as in `torch.nn.BatchNorm1d`;
-    but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` takes it for one, and its activation and residual are lost.
-    Raises ValueError for an activation that cannot be fused, or not inverted where save="output" needs it.
+    activation: a name such as "relu" or "leaky_relu(0.2)", a torch module or function. The rest as in
+    `torch.nn.BatchNorm1d`; but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` takes it for one, and its activation and
+    residual are lost.
+    Raises ValueError for an activation that cannot be fused.
     """
 
 

@@ -1,7 +1,7 @@
 """The operation as torch.library operators: what torch.compile and dispatch modes see as one node.
 
-They are functional: the new running statistics are results, which `functional` copies back. Their memory may belong to
-a CUDA graph that torch.compile is about to record, so they keep nothing from call to call.
+They launch what eager calls launch. The forward declares the running statistics and the counter of batches as changed,
+which is why its derivative is registered here, by hand: `torch.library.register_autograd` takes no such operators.
 """
 
 from typing import Any
@@ -9,27 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbn import autograd, launch, planning
+from tritonbn import autograd, dispatch, launch, planning, private
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Saved
-from tritonbn.signature import parameter_dtype
+
+LIBRARY = torch.library.Library("tritonbn", "DEF")
+_ACTIVATION = "str activation, float a, float b"
+LIBRARY.define(
+    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? counter, bool training, float? momentum, float eps, "
+    f"{_ACTIVATION}, bool keep_bits) -> (Tensor y, Tensor bits, Tensor mean, Tensor rstd)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? bits, "
+    f"Tensor mean, Tensor rstd, bool training, {_ACTIVATION}, float eps, ScalarType parameter_dtype, bool[] wanted) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    given: autograd.Forward,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, new running_mean, new running_var); the last two are empty where nothing is to be updated."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, given: autograd.Forward
+) -> Tensor:
+    """y; the running statistics and the counter are updated in place."""
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    running_mean, running_var, *constants, activation = given
+    running_mean, running_var, counter, *constants, activation = given
     keep_bits = grad and autograd.keeps_bits(residual, activation)
-    y, _, _, _, new_mean, new_var = batch_norm(
-        x, weight, bias, residual, running_mean, running_var, *constants, *activation, keep_bits
-    )
-    return y, new_mean, new_var
+    y: Tensor = torch.ops.tritonbn.batch_norm(
+        x, weight, bias, residual, running_mean, running_var, counter, *constants, *activation, keep_bits
+    )[0]
+    return y
 
 
 def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
@@ -37,7 +47,6 @@ def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if t is None else t
 
 
-@torch.library.custom_op("tritonbn::batch_norm", mutates_args=())
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -45,47 +54,45 @@ def batch_norm(
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     activation: str,
     a: float,
     b: float,
     keep_bits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, bits, mean, rstd, new running_mean, new running_var); empty: bits not kept, statistics not updated."""
-    if training:
-        running_mean = None if running_mean is None else running_mean.clone()
-        running_var = None if running_var is None else running_var.clone()
-    given = running_mean, running_var, training, momentum, eps, Activation(activation, a, b)
-    x = autograd.dense(x)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=planning.memory_format_of(x))
-    y, bits, mean, rstd = autograd.forward(
-        x, weight, bias, residual, given, keep=True, keep_bits=keep_bits, pooled=False
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, bits, mean, rstd); bits are empty if they are not kept. See `tritonbn.functional.normalize`."""
+    call = dispatch.recognize((x, running_mean, running_var, weight, bias, residual, counter), training)
+    if call.reason:
+        raise RuntimeError(f"tritonbn::batch_norm: {call.reason}")
+    given = running_mean, running_var, counter, training, momentum, eps, Activation(activation, a, b)
+    if not call.dense:
+        x = x.contiguous(memory_format=call.memory_format)
+        residual = None if residual is None else residual.contiguous(memory_format=call.memory_format)
+    y, bits, mean, rstd = autograd.forward(x, weight, bias, residual, given, True, keep_bits, call)
     assert mean is not None
     assert rstd is not None
-    updated = (running_mean, running_var) if training else (None, None)
-    return y, _or_empty(bits, x), mean, rstd, _or_empty(updated[0], x), _or_empty(updated[1], x)
+    return y, _or_empty(bits, x), mean, rstd
 
 
-@batch_norm.register_fake
-def _(
+def _fake_batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     activation: str,
     a: float,
     b: float,
     keep_bits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=planning.memory_format_of(x))
     bits = x.new_empty(0)
     if keep_bits:
@@ -93,11 +100,9 @@ def _(
         size = planning.plan_for("forward", x).bit_bytes if known else torch.library.get_ctx().new_dynamic_size()
         bits = x.new_empty(size, dtype=torch.uint8)
     mean, rstd = (x.new_empty(x.shape[1], dtype=launch.arithmetic_dtype(x)) for _ in range(2))
-    new = [torch.empty_like(s) if training and s is not None else x.new_empty(0) for s in (running_mean, running_var)]
-    return y, bits, mean, rstd, new[0], new[1]
+    return y, bits, mean, rstd
 
 
-@torch.library.custom_op("tritonbn::batch_norm_backward", mutates_args=())
 def batch_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -115,15 +120,16 @@ def batch_norm_backward(
     parameter_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`Gradients`, empty where not wanted; eps is for the second derivative."""
+    """`launch.Gradients`, empty where not wanted; eps is for the second derivative."""
     saved = Saved(x, weight, bias, residual, bits, mean, rstd)
     which = (wanted[0], wanted[1], wanted[2], wanted[3])
-    found = autograd.backward(dy, saved, training, Activation(activation, a, b), parameter_dtype, which, pooled=False)
+    memory_format = planning.memory_format_of(x)
+    act = Activation(activation, a, b)
+    found = autograd.backward(dy, saved, training, act, parameter_dtype, which, memory_format)
     return _or_empty(found.x, x), _or_empty(found.weight, x), _or_empty(found.bias, x), _or_empty(found.residual, x)
 
 
-@batch_norm_backward.register_fake
-def _(
+def _fake_batch_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -149,51 +155,89 @@ def _(
     return like_x(wanted[0]), dweight, dbias, like_x(wanted[3])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, _, _, ctx.training, _, ctx.eps, *activation, keep_bits = inputs
-    _, bits, mean, rstd, _, _ = output
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.activation = Activation(*activation)
-    needs_z = ctx.activation != IDENTITY and not keep_bits
-    kept = (bias, residual) if needs_z else (None, None)
-    ctx.save_for_backward(x, weight, *kept, bits if keep_bits else None, mean, rstd)
-    ctx.parameter_dtype = parameter_dtype(x, weight, bias)
-    ctx.memory_format = planning.memory_format_of(x)
+class _BatchNorm(torch.autograd.Function):
+    """The forward with its derivative, both as operators, so that compilers and modes see these."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        x, weight, bias, residual, *_, training, _, eps, name, a, b, keep_bits = inputs
+        with private.below_autograd():
+            y, bits, mean, rstd = torch.ops.tritonbn.batch_norm(*inputs)
+        ctx.mark_non_differentiable(bits, mean, rstd)
+        activation = Activation(name, a, b)
+        needs_z = activation != IDENTITY and not keep_bits
+        kept = (bias, residual) if needs_z else (None, None)
+        ctx.save_for_backward(x, weight, *kept, bits if keep_bits else None, mean, rstd)
+        dtype, memory_format = dispatch.parameter_dtype(x, weight, bias), planning.memory_format_of(x)
+        ctx.constants = training, activation, eps, dtype, memory_format
+        return y, bits, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        training, activation, eps, dtype, memory_format = ctx.constants
+        wanted = list(ctx.needs_input_grad[:4])
+        passed_on = wanted[3] and activation == IDENTITY  # an operator must not return its argument
+        computed = [*wanted[:3], wanted[3] and not passed_on]
+        saved = _laid_out(ctx.saved_tensors, memory_format)
+        found = torch.ops.tritonbn.batch_norm_backward(dy, *saved, training, *activation, eps, dtype, computed)
+        gradients = [g if want else None for g, want in zip(found, computed, strict=True)]
+        if passed_on:
+            gradients[3] = dy
+        return *gradients, *(None,) * 10
 
 
-def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:4])
-    passed_on = wanted[3] and ctx.activation == IDENTITY  # an operator must not return its argument
-    computed = [*wanted[:3], wanted[3] and not passed_on]
-    constants = ctx.training, *ctx.activation, ctx.eps, ctx.parameter_dtype, computed
-    found = batch_norm_backward(dy, *autograd.unpacked(ctx.saved_tensors, ctx.memory_format), *constants)
-    gradients = [g if want else None for g, want in zip(found, computed, strict=True)]
-    if passed_on:
-        gradients[3] = dy
-    return *gradients, *(None,) * 9
+class _BatchNormBackward(torch.autograd.Function):
+    """The derivative of the derivative, in operations of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, training, name, a, b, eps, dtype, wanted = inputs
+        with private.below_autograd():
+            outputs: tuple[Tensor, ...] = torch.ops.tritonbn.batch_norm_backward(*inputs)
+        ctx.constants = training, Activation(name, a, b), eps, dtype, wanted, planning.memory_format_of(tensors[1])
+        ctx.save_for_backward(*tensors)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        dy, *tensors = ctx.saved_tensors
+        training, activation, eps, dtype, wanted, memory_format = ctx.constants
+        saved = _laid_out(tensors, memory_format)
+        slope = None
+        if activation.two_valued:
+            only = [False, False, False, True]
+            with torch.no_grad():
+                slope = torch.ops.tritonbn.batch_norm_backward(
+                    torch.ones_like(dy), *saved, training, *activation, eps, dtype, only
+                )[3]
+        given = tuple(u if want else None for u, want in zip(upstream, wanted, strict=True))
+        needed = ctx.needs_input_grad[:5]
+        gradients = autograd.second_backward(dy, saved, training, activation, eps, given, needed, slope)
+        return *gradients, *(None,) * 10
 
 
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.training, name, a, b, ctx.eps, ctx.parameter_dtype, ctx.wanted = inputs
-    ctx.activation = Activation(name, a, b)
-    ctx.memory_format = planning.memory_format_of(tensors[1])
-    ctx.save_for_backward(*tensors)
+def _laid_out(tensors: Any, memory_format: torch.memory_format) -> Saved:
+    """What was saved, x laid out as it was then: bits follow its layout, and operators see its strides only."""
+    saved = Saved(*tensors)
+    return saved._replace(x=saved.x.contiguous(memory_format=memory_format))
 
 
-def _second_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-    dy, *tensors = ctx.saved_tensors
-    saved = autograd.unpacked(tensors, ctx.memory_format)
-    slope = None
-    if ctx.activation.two_valued:
-        only = [False, False, False, True]
-        constants = ctx.training, *ctx.activation, ctx.eps, ctx.parameter_dtype, only
-        with torch.no_grad():
-            slope = batch_norm_backward(torch.ones_like(dy), *saved, *constants)[3]
-    given = tuple(u if want else None for u, want in zip(upstream, ctx.wanted, strict=True))
-    needed = ctx.needs_input_grad[:5]
-    gradients = autograd.second_backward(dy, saved, ctx.training, ctx.activation, ctx.eps, given, needed, slope)
-    return *gradients, *(None,) * 10
+def _differentiable(operator: Any, function: type[torch.autograd.Function]) -> Any:
+    """The operator where autograd is: recorded by the function if it is to be differentiated."""
+
+    def run(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+            return function.apply(*inputs)
+        with private.below_autograd():
+            return operator(*inputs)
+
+    return run
 
 
-batch_norm.register_autograd(_backward, setup_context=_setup)
-batch_norm_backward.register_autograd(_second_backward, setup_context=_setup_second)
+for _name, _real, _fake, _function in (
+    ("batch_norm", batch_norm, _fake_batch_norm, _BatchNorm),
+    ("batch_norm_backward", batch_norm_backward, _fake_batch_norm_backward, _BatchNormBackward),
+):
+    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tritonbn::{_name}", _fake, lib=LIBRARY)
+    LIBRARY.impl(_name, _differentiable(getattr(torch.ops.tritonbn, _name).default, _function), "Autograd")

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tritonbn import tables
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device, described
 from tritonbn.plan import make_plan
@@ -42,7 +43,21 @@ def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem
 
 def device_of(device: torch.device) -> Device:
     """What the plan knows of it. Beside collectives of other processes nothing waits until all of the GPU is free."""
-    return _described(device, alone())
+    return _described(device, alone() and holds_together(device))
+
+
+_refusing: set[torch.device] = set()
+
+
+def holds_together(device: torch.device) -> bool:
+    """Whether the driver of a device never refused to launch programs that wait for each other."""
+    return device not in _refusing
+
+
+def refuse_together(device: torch.device) -> None:
+    """Plan no such programs on the device from now on."""
+    _refusing.add(device)
+    tables.changed()
 
 
 def alone() -> bool:

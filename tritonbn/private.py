@@ -29,9 +29,7 @@ def find(path: str, otherwise: Any, without: str) -> Any:
             value = getattr(value, name)
     except (ImportError, AttributeError):
         version = triton.__version__ if path.startswith("triton") else torch.__version__
-        warnings.warn(
-            f"tritonbn: {path.replace(':', '.')} is missing in version {version}: {without}", stacklevel=2
-        )
+        warnings.warn(f"tritonbn: {path.replace(':', '.')} is missing in version {version}: {without}", stacklevel=2)
         return otherwise
     return value
 
@@ -53,12 +51,15 @@ _guards: Any = find(
 )
 _forward_ad = torch.autograd.forward_ad
 find("torch.autograd.forward_ad:_current_level", None, "torch computes batch norm")
+below_autograd = find(
+    "torch:_C._AutoDispatchBelowAutograd", None, "torch computes batch norm in compiled code and under dispatch modes"
+)
 _suggested = find("torch:_prims_common.suggest_memory_format", None, "strided inputs are looked at more slowly")
 _keep_version = find(
     "torch.autograd.grad_mode:_unsafe_preserve_version_counter", None,
     "updates of strided running statistics count as changes in place",
 )  # fmt: skip
-_raw_stream = find(
+_raw_stream: Any = torch.version.cuda and find(
     "torch:_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream,
     "a microsecond per call",
 )  # fmt: skip

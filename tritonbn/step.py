@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tritonbn.activations import IDENTITY, Activation, of_call, of_method, of_module
-from tritonbn.functional import DTYPES
+from tritonbn.dispatch import DTYPES
 from tritonbn.modules import TritonBatchNorm
 from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
@@ -303,7 +303,13 @@ def _adds_up(late: Late, other: object) -> bool:
     """Whether the other is added element by element and changes neither shape nor dtype."""
     x = late.x
     assert x is not None
-    return late.residual is None and isinstance(other, Tensor) and other.shape == x.shape and other.dtype == x.dtype
+    return (
+        late.residual is None
+        and isinstance(other, Tensor)
+        and other.shape == x.shape
+        and other.dtype == x.dtype
+        and other.device == x.device
+    )
 
 
 def _is_certain(late: Late) -> bool:

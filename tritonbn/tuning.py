@@ -235,12 +235,12 @@ def _call(problem: Problem, layer: Layer, slots: int, device: torch.device) -> C
     activation = resolve("silu") if problem.costly else IDENTITY
 
     def forward(plan: Plan, slot: int) -> object:
-        return launch.forward(xs[slot], None, weight, bias, mean, var, 0.1, 1e-5, plan=plan)
+        return launch.forward(xs[slot], None, weight, bias, mean, var, None, 0.1, 1e-5, planned=plan)
 
     def backward(plan: Plan, slot: int) -> object:
         saved = launch.Saved(xs[slot], weight, bias if problem.costly else None, None, None, mean, var)
         wanted = (True, True, True, False)
-        return launch.backward(dys[slot], saved, True, activation, kind, wanted, plan=plan)
+        return launch.backward(dys[slot], saved, True, activation, kind, wanted, planned=plan)
 
     return backward if backwards else forward
 
