@@ -39,7 +39,7 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-            torch.uint8: "*u8", torch.int32: "*i32"}  # fmt: skip
+            torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
 SHAPE_SETS = "resnet50-256", "awkward"
 SUBSET = [

@@ -8,41 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from tests.launches import recorded
-from tritonbn import functional, plan
+from tritonbn import dispatch, plan
 from tritonbn.functional import batch_norm
-from tritonbn.signature import Signature, known
+from tritonbn.dispatch import Call, recognize
 
 Tensors = dict[str, Any]
-NAMES = ("x", "running_mean", "running_var", "weight", "bias", "residual")
+NAMES = ("x", "running_mean", "running_var", "weight", "bias", "residual", "counter")
 
 
 def tensors(device: torch.device) -> Tensors:
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
     w, b = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
-    return dict(zip(NAMES, (torch.randn(4, 3, device=device), mean, var, w, b, None), strict=True))
+    return dict(zip(NAMES, (torch.randn(4, 3, device=device), mean, var, w, b, None, None), strict=True))
 
 
 class Looks:
-    """`known`, and how often it had to look."""
+    """`recognize`, and how often it had to look."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
+        self.look = dispatch._look
+        patch.setattr(dispatch, "_look", self.counting)
 
-    def __call__(self, given: Tensors, training: bool = True) -> Signature:
-        return known(tuple(given[name] for name in NAMES), training, self.look)
+    def __call__(self, given: Tensors, training: bool = True) -> Call:
+        return recognize(tuple(given[name] for name in NAMES), training)
 
-    def look(self, given: tuple[Any, ...], training: bool) -> Signature:
+    def counting(self, given: tuple[Any, ...], training: bool) -> Call:
         self.count += 1
-        return functional._look(given, training)
+        return self.look(given, training)
 
 
-def test_tensors_that_look_the_same_are_known(device: torch.device) -> None:
-    looks, given = Looks(), tensors(device)
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    return Looks(monkeypatch)
+
+
+def test_tensors_that_look_the_same_are_known(device: torch.device, looks: Looks) -> None:
+    given = tensors(device)
     first = looks(given)
     for x in (given["x"], given["x"], torch.randn(4, 3, device=device), torch.zeros(8, 3, device=device)[:4]):
         assert looks(given | {"x": x}) is first
     assert looks.count == 1
-    assert first.fits
+    assert not first.reason
     assert first.records
     assert first.dense
 
@@ -97,17 +104,17 @@ CHANGES: dict[str, Callable[[Tensors], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_any_change_is_looked_at(change: Callable[[Tensors], None], device: torch.device) -> None:
-    looks, given = Looks(), tensors(device)
+def test_any_change_is_looked_at(change: Callable[[Tensors], None], device: torch.device, looks: Looks) -> None:
+    given = tensors(device)
     looks(given)
     change(given)
     found = looks(given)
     assert looks.count == 2
-    assert found == functional._look(tuple(given[name] for name in NAMES), True)
+    assert found == looks.look(tuple(given[name] for name in NAMES), True)
 
 
-def test_the_mode_is_looked_at(device: torch.device) -> None:
-    looks, given = Looks(), tensors(device)
+def test_the_mode_is_looked_at(device: torch.device, looks: Looks) -> None:
+    given = tensors(device)
     assert looks(given).records
     with torch.no_grad():
         assert not looks(given).records
@@ -118,35 +125,35 @@ def test_the_mode_is_looked_at(device: torch.device) -> None:
         assert not looks(given).records
 
 
-def test_transforms_and_traces_see_each_operation(device: torch.device) -> None:
-    looks, given = Looks(), tensors(device)
+def test_transforms_and_traces_see_each_operation(device: torch.device, looks: Looks) -> None:
+    given = tensors(device)
     given["x"].requires_grad_(False)
-    assert looks(given).fits
+    assert not looks(given).reason
     found = []
 
     def inside(x: Tensor) -> Tensor:
-        found.append(looks(given).fits)
-        found.append(looks(given | {"x": x}).fits)
+        found.append(looks(given).reason)
+        found.append(looks(given | {"x": x}).reason)
         leaked.append(x)
         return x.sum()
 
     leaked: list[Tensor] = []
     torch.func.grad(inside)(given["x"])
     torch.jit.trace(inside, given["x"], check_trace=False)  # type: ignore[no-untyped-call]
-    assert found == [False] * 4
-    assert not looks(given | {"x": leaked[0]}).fits, "a tensor of a transform that is over"
-    assert looks(given).fits
+    assert found == ["a transform of torch.func is active"] * 2 + ["torch.jit.trace records it"] * 2
+    assert looks(given | {"x": leaked[0]}).reason, "a tensor of a transform that is over"
+    assert not looks(given).reason
 
 
-def test_plans_follow_what_forces_them(device: torch.device) -> None:
+def test_plans_follow_what_forces_them(device: torch.device, looks: Looks) -> None:
     given = tensors(device)
-    found = Looks()(given)
+    found = looks(given)
     own = found.plan("forward", given["x"])
     assert found.plan("forward", given["x"]) is own
     with plan.forced("split"):
-        assert found.plan("forward", given["x"]).path == "split"
-    assert found.plan("forward", given["x"]) == own
-    assert found.plan("backward", given["x"]).operation == "backward"
+        assert found.plan("forward", given["x"]).plan.path == "split"
+    assert found.plan("forward", given["x"]).plan == own.plan
+    assert found.plan("backward", given["x"]).plan.operation == "backward"
 
 
 def test_parameters_converted_in_place_get_kernels_of_their_dtype(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from tests.test_determinism import step
 from tests.test_epilogue import check as check_epilogue
 from tests.test_numerics import check
 from tests.together import together
-from tritonbn import functional, handles, launch, planning, signature
+from tritonbn import dispatch, handles, launch, planning
 from tritonbn.activations import resolve
 from tritonbn.choice import Choice, Operation, Plan, build
 from tritonbn.device import Device
@@ -137,7 +137,7 @@ def test_beside_other_processes_no_plan_waits(monkeypatch: pytest.MonkeyPatch) -
     """Also one that was found before the process group was: a cooperative grid would wait for its collectives."""
     x = torch.randn(64, 32, requires_grad=True)
     waiting = CHOICES["cooperative"]
-    found = functional._signature((x, None, None, None, None, None), True, 0.1, 1e-5)
+    found = dispatch.recognize((x, None, None, None, None, None, None), True)
     calls = []
 
     def plan(operation: Operation, tensor: Tensor, costly: bool = False) -> Plan:
@@ -146,12 +146,12 @@ def test_beside_other_processes_no_plan_waits(monkeypatch: pytest.MonkeyPatch) -
         choice = waiting if planning.alone() else Choice("split", 4, 64, 1)
         return build(problem, choice)
 
-    monkeypatch.setattr(signature, "plan_for", plan)
-    assert [found.plan("forward", x).path for _ in range(3)] == ["cooperative"] * 3
+    monkeypatch.setattr(dispatch, "plan_for", plan)
+    assert [found.plan("forward", x).plan.path for _ in range(3)] == ["cooperative"] * 3
     assert len(calls) == 1
-    monkeypatch.setattr(signature, "alone", lambda: False)
+    monkeypatch.setattr(dispatch, "alone", lambda: False)
     monkeypatch.setattr(planning, "alone", lambda: False)
-    assert found.plan("forward", x).path == "split"
+    assert found.plan("forward", x).plan.path == "split"
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="pretends that programs do not fit")
@@ -169,7 +169,7 @@ def test_what_does_not_fit_at_a_time_falls_back(
         start(kernel, grid, plan, *args, **constants)
 
     monkeypatch.setattr(launch, "_launch", refuse)
-    monkeypatch.setattr(launch, "_instead", {})
+    monkeypatch.setattr(launch, "_too_many", {})
     with on(name, monkeypatch):
         check_epilogue(Layout((37, 100)), resolve("relu"), True, torch.float32, device)
     assert sorted(attempts) == ["cooperative_backward_kernel", "cooperative_forward_kernel"]
