@@ -3,7 +3,7 @@
 Without a GPU, a driver that does nothing takes the place of CUDA's (`bench/stub.py`) and CPU tensors those of a GPU, on
 which torch's own batch norm computes. The driver, about 3 us a launch, is in no figure then. Shapes are as small as the
 path allows, so that allocations are those of a caching allocator. Containers are called fused and not: what fusing one
-costs, or saves, is the difference.
+costs, or saves, is the difference. The tables after those are of `bench/callers.py`: callers that call in other ways.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import tritonbn
+from bench import callers
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
@@ -232,6 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=positive, default=200, help="calls of a block; a GPU queues 1000 launches")
     parser.add_argument("--before", type=Path, metavar="FILE", help="overhead.json of another commit, to compare with")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for overhead.json (default: none is written)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the cases of callers, a list of their rows")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -240,14 +242,19 @@ def run(args: argparse.Namespace) -> int:
     before = earlier(args.before) if args.before else None
     if args.out:
         writable_folder(args.out)
+    if args.json:
+        writable_folder(args.json.parent)
     torch.set_num_threads(1)
     stubs = device.type != "cuda"
     with stubbed() if stubs else nullcontext() as stub:
         rows = [row(case, device, stub, args.blocks, args.calls) for case in CASES]
+        called = callers.rows(device, stub, args.blocks, args.calls)
     for found in rows:
         found["before"] = None if before is None else before["rows"].get(found["case"])
-    for table in tables(rows):
+    for table in [*tables(rows), *callers.tables(called)]:
         console.print(table, soft_wrap=True)
+    if args.json:
+        write_json(args.json, called)
     if args.out:
         content = {
             "unit": "microseconds per call, of the CPU (stubbed) or of time; quartiles over blocks",
