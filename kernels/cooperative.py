@@ -47,7 +47,7 @@ def cooperative_forward_kernel(
 
     Program (i, j) owns range j of the tiles of groups i, i + slots, ...  x, residual (or None), y: [R, L] any float.
     bits: a bit per element or None.  mean, rstd: [C], workspace: [P, 3, C] fp32 (fp64).  weight, bias, running_*: [C]
-    any float or None.  counter: [] int64 or None, see `count_batch`.  semaphore: [slots] int32.  Reads x once from
+    any float or None.  counter: [] int64 or None, one batch more.  semaphore: [slots] int32.  Reads x once from
     memory and, unless one tile is enough, again from L2, residual once, writes y and bits once.
     """
     total = tile_count(R, width, T)

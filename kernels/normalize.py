@@ -135,8 +135,8 @@ def forward_kernel(
     """Statistics, then y = activation((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual), in one launch.
 
     Program i owns channel group i, all of it.  x, residual (or None), y: [R, L] any float.  bits: a bit per element or
-    None.  mean, rstd: [C] fp32 (fp64).  weight, bias, running_*: [C] any float or None.  counter: [] int64 or None, see
-    `count_batch`.  Reads x twice, but its first tile once (once in all where one tile is enough), residual once, writes
+    None.  mean, rstd: [C] fp32 (fp64).  weight, bias, running_*: [C] any float or None.  counter: [] int64 or None, one
+    batch more.  Reads x twice, but its first tile once (once in all where one tile is enough), residual once, writes
     y and bits once.
     """
     group = tl.program_id(0)

@@ -100,26 +100,38 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
 
 
 @triton.jit
-def count_batch(counter_ptr, group, groups, momentum, owner, CUMULATIVE: tl.constexpr):
-    """Add 1 to the counter [] int64, once for all groups; return the weight of this batch in the running statistics.
+def count_batch(counter_ptr, group, owner):
+    """Add 1 to the counter [] int64, if there is one, by the owner of group 0."""
+    if counter_ptr is not None:
+        first = (group == 0) & owner
+        tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
 
-    That is momentum, or 1 / counter where CUMULATIVE: the running statistics are then the mean over all batches. Called
-    by each program; one `owner` of each group counts. Programs of other groups may count earlier or later in the same
-    launch, so each adds a high digit of 2^35 and the owner of group 0 takes all of them away again: what the low digits
-    were before the launch follows from what any of them finds.
+
+@triton.jit
+def count_batches(counter_ptr, group, groups, owner):
+    """`count_batch`, and 1 / counter in fp64: the weight of this batch in the mean over all batches.
+
+    The owners of all groups read the counter, some before and some after group 0 has counted. So each adds a high digit
+    of 2^35, and group 0 takes all of them away again: what the low digits were follows from what any of them finds.
     """
-    if CUMULATIVE:
-        DIGIT: tl.constexpr = 1 << 35
-        step = tl.where(group == 0, 1 - (groups - 1).to(tl.int64) * DIGIT, DIGIT)
-        before = tl.atomic_add(counter_ptr, step, mask=owner, sem="relaxed")
-        low = before & (DIGIT - 1)
-        batches = low + tl.where(before < 0, 0, 1)  # below 0: group 0 has counted
-        return ratio(tl.full([], 1.0, tl.float64), batches)
-    else:
-        if counter_ptr is not None:
-            first = (group == 0) & owner
-            tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
-        return momentum
+    DIGIT: tl.constexpr = 1 << 35
+    step = tl.where(group == 0, 1 - (groups - 1).to(tl.int64) * DIGIT, DIGIT)
+    before = tl.atomic_add(counter_ptr, step, mask=owner, sem="relaxed")
+    batches = (before & (DIGIT - 1)) + tl.where(before < 0, 0, 1)  # below 0: group 0 has counted
+    return ratio(tl.full([], 1.0, tl.float64), batches)
+
+
+@triton.jit
+def update_running(running_mean_ptr, running_var_ptr, mean, var, weight, c, mine):
+    """running = (1 - weight) * running + weight * new of mean and (unbiased) var [BLOCK_G] where mine."""
+    if running_mean_ptr is not None:
+        old = widen(tl.load(running_mean_ptr + c, mask=mine, other=0.0))
+        new = old * (1.0 - weight) + mean * weight
+        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=mine)
+    if running_var_ptr is not None:
+        old = widen(tl.load(running_var_ptr + c, mask=mine, other=0.0))
+        new = old * (1.0 - weight) + var * weight
+        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -127,24 +139,21 @@ def store_statistics(
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live, group, groups, owner,
     n, eps, momentum, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Store mean and rstd, update the running statistics (unbiased variance) and the counter; return (mean, rstd).
+    """Store mean and rstd, update running statistics and counter, all by the `owner` of a group; return (mean, rstd).
 
-    Only the `owner` of a group stores.
+    The weight of this batch in the running statistics is momentum, or 1 / counter where CUMULATIVE.
     """
     mean = k + delta
     rstd = reciprocal_std(ratio(m2, n), eps)
-    weight = count_batch(counter_ptr, group, groups, momentum, owner, CUMULATIVE)
     mine = live & owner
     tl.store(mean_ptr + c, mean, mask=mine)
     tl.store(rstd_ptr + c, rstd, mask=mine)
-    if running_mean_ptr is not None:
-        old = widen(tl.load(running_mean_ptr + c, mask=mine, other=0.0))
-        new = old * (1.0 - weight) + mean * weight
-        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=mine)
-    if running_var_ptr is not None:
-        old = widen(tl.load(running_var_ptr + c, mask=mine, other=0.0))
-        new = old * (1.0 - weight) + ratio(m2, n - 1.0) * weight
-        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=mine)
+    if CUMULATIVE:
+        weight = count_batches(counter_ptr, group, groups, owner)
+        update_running(running_mean_ptr, running_var_ptr, mean, ratio(m2, n - 1.0), weight, c, mine)
+    else:
+        count_batch(counter_ptr, group, owner)
+        update_running(running_mean_ptr, running_var_ptr, mean, ratio(m2, n - 1.0), momentum, c, mine)
     return mean, rstd
 
 
@@ -161,7 +170,7 @@ def statistics_kernel(
     """mean = E[x], rstd = (E[(x - mean)^2] + eps)^(-1/2), running statistics; the last program of a group merges.
 
     Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  x: [R, L] any float.  mean, rstd: [C],
-    workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float or None.  counter: [] int64 or None, see `count_batch`.
+    workspace: [P, 3, C] fp32 (fp64).  running_*: [C] any float or None.  counter: [] int64 or None, one batch more.
     ticket: [groups] int32, zero before and after.  Reads x once.
     """
     group = tl.program_id(0)

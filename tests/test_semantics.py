@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -72,9 +73,15 @@ SCALARS: dict[str, dict[str, Any]] = {
     "momentum-nan-poisons-statistics-only": {"momentum": float("nan")},
     "momentum-int": {"momentum": 1},
     "momentum-tensor": {"momentum": torch.tensor(0.25)},
+    "momentum-tensor-of-integers": {"momentum": torch.tensor(1)},
+    "momentum-numpy": {"momentum": numpy.float64(0.25)},
+    "momentum-numpy-of-integers": {"momentum": numpy.int32(1)},
+    "momentum-true": {"momentum": True},
     "eps-large": {"eps": 10.0},
     "eps-int": {"eps": 1},
     "eps-tensor": {"eps": torch.tensor(0.25)},
+    "eps-numpy": {"eps": numpy.float64(1e-3)},
+    "eps-numpy-float32": {"eps": numpy.float32(0.25)},
     "eps-tiny": {"eps": 1e-12},
 }
 

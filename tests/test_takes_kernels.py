@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonbn
 from tests.launches import recorded
-from tritonbn import functional
+from tritonbn import dispatch
 from tritonbn.functional import batch_norm
 
 FORWARD = {"forward_kernel", "statistics_kernel", "normalize_kernel", "inference_kernel"}
@@ -93,7 +93,7 @@ def test_left_to_torch(call: Callable[[Tensor], Any], device: torch.device) -> N
 
 def test_tensors_beyond_32_bit_indices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     asked = []
-    monkeypatch.setattr(functional, "fits", lambda *sizes: asked.append(sizes))
+    monkeypatch.setattr(dispatch, "fits", lambda *sizes: asked.append(sizes))
     with recorded() as kernels:
         batch_norm(randn(2, 3, 4, 5, device=device), None, None, training=True)
     assert not kernels
