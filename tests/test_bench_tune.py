@@ -237,7 +237,7 @@ def test_page_shows_paths_beside_predictions(tmp_path: Path) -> None:
     results.write(tmp_path / "gpu", tune={"machine": results.MACHINE, "rows": rows})
     assert main(["report", "--results", str(tmp_path)]) == 0
     lines = (tmp_path / "README.md").read_text().splitlines()
-    expected = "forward | planes | 2x3x4, 16 bits | 8.0 (10.0) | - | - | - | 11.0 (9.5) | split 12.0 | single 8.0"
+    expected = "forward | planes | 2x3x4, 16 bits | 8.0 (10.0) | - | - | 11.0 (9.5) | split 12.0 | single 8.0"
     assert f"| {expected} |" in lines
 
 

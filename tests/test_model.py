@@ -20,7 +20,6 @@ DEVICES = {device.name: device for device in KNOWN}
 MI300X, B200 = DEVICES["AMD Instinct MI300X"], DEVICES["NVIDIA B200"]
 ALONE = replace(H200, cooperative=False)
 ONE_SM = replace(H200, sms=1)
-CLUSTERED = replace(H200, clusters=True)
 
 RESNET_56 = Problem("forward", "planes", (256, 64, 3136), 2)  # 1,605,632 bytes per channel
 RESNET_56_BACKWARD = RESNET_56._replace(operation="backward")
@@ -58,10 +57,6 @@ def test_paths_there_are_to_choose_from() -> None:
     assert paths(RESNET_56, ALONE) == {"split", "single"}
     assert paths(CONNECTED, H200) == {"split", "single", "cooperative", "stream"}
     assert paths(RESNET_56._replace(operation="inference"), H200) == {"split"}
-    planes = Problem("forward", "planes", (32, 256, 1024), 2)  # 64 KiB per channel: registers of two CTAs
-    assert paths(planes, H200) == {"split", "single", "stream"}
-    assert paths(planes, CLUSTERED) == {"split", "single", "stream", "cluster"}
-    assert [plan.ctas for plan in plans_for(planes, CLUSTERED) if plan.path == "cluster"] == [2]
 
 
 def test_slots_are_as_many_channels_as_the_L2_cache_holds() -> None:
@@ -94,7 +89,7 @@ def test_a_cooperative_grid_must_promise_more_than_the_estimate_may_be_wrong_by(
 
 
 @pytest.mark.parametrize("path", get_args(Path))
-@pytest.mark.parametrize("device", [H200, ALONE, ONE_SM, CLUSTERED, MI300X], ids=lambda device: device.name)
+@pytest.mark.parametrize("device", [H200, ALONE, ONE_SM, MI300X], ids=lambda device: device.name)
 @pytest.mark.parametrize("problem", [RESNET_56, RESNET_56_BACKWARD, SMALL_PLANES, CONNECTED, CHANNELS_LAST])
 def test_a_forced_path_is_taken_or_refused(path: Path, device: Device, problem: Problem) -> None:
     with forced(path):
@@ -118,13 +113,12 @@ def problems(draw: st.DrawFn) -> Problem:
 
 devices = st.builds(
     Device, st.just("x"), st.integers(1, 304), st.integers(0, 256 << 20), st.floats(1e11, 1e13), st.booleans(),
-    st.booleans(),
 )  # fmt: skip
 
 
 @settings(max_examples=500, deadline=None)
 @given(problem=problems(), device=devices, more=st.floats(1, 10))
-@example(Problem("backward", "planes", (1, 37, 623), 8), Device("x", 19, 0, 1e11, False, False), 1.0)
+@example(Problem("backward", "planes", (1, 37, 623), 8), Device("x", 19, 0, 1e11, False), 1.0)
 def test_no_plan_beats_the_floor_and_bandwidth_never_hurts(problem: Problem, device: Device, more: float) -> None:
     candidates = list(plans_for(problem, device))
     assert candidates[0].path == "split"

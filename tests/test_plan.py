@@ -59,9 +59,7 @@ def test_forced_path_and_splits() -> None:
 
 
 def test_forced_rejects_what_is_not_a_plan() -> None:
-    with pytest.raises(
-        ValueError, match="path must be one of single, cluster, cooperative, stream, split, but got 'fast'"
-    ):
+    with pytest.raises(ValueError, match="path must be one of single, cooperative, stream, split, but got 'fast'"):
         forced("fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="splits must be from 1 to 65535, but got 0"):
         forced(splits=0)
@@ -81,15 +79,14 @@ def test_print_says_what_runs() -> None:
     operation=st.sampled_from(["forward", "backward", "inference"]),
     sms=st.integers(1, 200),
     cooperative=st.booleans(),
-    clusters=st.booleans(),
 )
 def test_every_plan_is_sound(
-    rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int, cooperative: bool, clusters: bool
+    rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int, cooperative: bool
 ) -> None:
     N, C, S = shape
     if rows:
         shape, S = (N * S, C, 1), 1
-    device = Device("x", sms, cooperative=cooperative, clusters=clusters)
+    device = Device("x", sms, cooperative=cooperative)
     assert_sound(make_plan(operation, "rows" if rows else "planes", shape, itemsize, device), device)
 
 

@@ -75,8 +75,6 @@ def options(plan: Plan) -> dict[str, Any]:
         given["maxnreg"] = min(255, 65536 // (32 * warps))
     if plan.cooperative:
         given["launch_cooperative_grid"] = True
-    if plan.ctas > 1:
-        given["num_ctas"] = plan.ctas
     return given
 
 
@@ -153,7 +151,7 @@ def fits_at_once(
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         compiled.run  # noqa: B018  # loads it: registers are known then
         at_once = resident_programs(
-            compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps, compiled.metadata.num_ctas,
+            compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps,
             torch.cuda.get_device_properties(device),
         )  # fmt: skip
         if len(_fitting) >= LIMIT:

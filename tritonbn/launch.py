@@ -147,7 +147,7 @@ def backward(
         plan.reduce_tiles, plan.groups, ACT=activation, BLOCK_P=plan.merge_block,
     ):  # fmt: skip
         return gradients
-    if plan.cooperative or (plan.ctas > 1 and not both_passes):
+    if plan.cooperative:
         other = independent(problem_of("backward", x, costs(activation, bits)), device_of(x.device))
         if both_passes:
             _instead[plan] = other

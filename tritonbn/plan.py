@@ -75,7 +75,7 @@ def make_plan(
 
 def independent(problem: Problem, device: Device) -> Plan:
     """The plan of which no program needs another one, whatever is forced or measured: it runs anywhere."""
-    return model.best(problem, replace(device, cooperative=False, clusters=False))
+    return model.best(problem, replace(device, cooperative=False))
 
 
 @lru_cache(maxsize=4096)
