@@ -158,6 +158,19 @@ def test_this_process_comes_before_the_user_before_the_library(file: Path) -> No
     assert (plan_of().choice, source(plan_of())) == (choices[0], "the library's table")
 
 
+def test_what_was_tuned_alone_is_used_beside_other_processes_too(file: Path) -> None:
+    """But for plans whose programs wait for each other: then what was measured next best, at last the model."""
+    tables.remember(GPU, {key(LAYER): ENTRY})
+    assert (plan_of(device=PLAIN).choice, source(plan_of(device=PLAIN))) == (MEASURED, "tuned in this process")
+    waiting = Choice("stream", 2, 1024, 8, splits=2, slots=1)
+    tables.remember(GPU, {key(LAYER): Entry(waiting, 2.0, 3.0)})
+    assert plan_of().choice == waiting
+    assert_modelled(LAYER, PLAIN)
+    tables.save(GPU, {key(LAYER): ENTRY})
+    assert (plan_of().choice, source(plan_of())) == (waiting, "tuned in this process")
+    assert (plan_of(device=PLAIN).choice, source(plan_of(device=PLAIN))) == (MEASURED, "the user's table")
+
+
 def test_a_gpu_does_not_read_the_table_of_another() -> None:
     tables.save(GPU, {key(LAYER): ENTRY})
     with told(0):
@@ -178,7 +191,7 @@ def test_the_librarys_tables_are_read(shipped: Path) -> None:
     device = Device(*(json.loads(shipped.read_text())[name] for name in ("gpu", "sms")))
     assert shipped == tables.path(shipped.parent, device), "named after the GPU and this version"
     with told(0):
-        assert tables._load(shipped, device)
+        assert tables._load(shipped, device.gpu)
 
 
 # What is in the file.
@@ -329,7 +342,7 @@ def test_measured_plan_that_cannot_run_here(name: str) -> None:
     with told(0):
         tables.save(device, {key(problem): Entry(choice, 1.0, 2.0), key(LAYER._replace(itemsize=4)): ENTRY})
         found = tables.find(problem, device)
-        assert found == (choice, "the user's table")
+        assert found == [(choice, "the user's table")]
         assert_modelled(problem, device)
         assert plan_of(LAYER._replace(itemsize=4), device).choice == MEASURED
 
@@ -440,7 +453,7 @@ def test_the_name_of_a_bucket() -> None:
 def test_what_was_measured_for_another_kind_is_not_found(other: Problem) -> None:
     tables.remember(GPU, {key(LAYER): ENTRY})
     assert key(other) != key(LAYER)
-    assert tables.find(other, GPU) is None
+    assert tables.find(other, GPU) == []
 
 
 def test_costly_is_a_bucket_of_its_own() -> None:
@@ -624,7 +637,7 @@ READER = """
 file, held, reads = tables.path(tables.user_folder(), GPU), 0, 0
 print("ready", flush=True)
 while not stop.exists():
-    entries = tables._load(file, GPU)  # a torn file would be told of, and warnings are errors
+    entries = tables._load(file, GPU.gpu)  # a torn file would be told of, and warnings are errors
     assert len(entries) >= held, f"{held} entries became {len(entries)}"
     held, reads = len(entries), reads + 1
 print(json.dumps([held, reads]))

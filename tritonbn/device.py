@@ -13,6 +13,11 @@ class Device:
     bandwidth: float = 4.3e12  # bytes per second that a large copy reads and writes
     cooperative: bool = True  # can launch a grid whose programs wait for each other
 
+    @property
+    def gpu(self) -> tuple[str, int]:
+        """What measurements hold for: the name and the number of multiprocessors."""
+        return self.name, self.sms
+
 
 H200 = Device()
 

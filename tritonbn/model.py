@@ -34,8 +34,6 @@ WARPS_PER_SM = 16
 FULL_WAVE = 0.95
 # Most tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
 APPLY_TILES = 4
-# A cooperative grid starts when all of the GPU is free for it: it must promise more than the estimate may be wrong by.
-DOUBT = 1.1
 # Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
 # measured: an A100 has 163 KiB, and reductions need some as well.
 LARGEST_STAGES = 144 << 10
@@ -48,12 +46,14 @@ TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "str
 def best(problem: Problem, device: Device, path: Path | None = None, splits: int | None = None) -> Plan:
     """The plan that should take the least time, of those with the given path and splits.
 
-    Raises ValueError where the path cannot run the problem on the device.
+    Of paths whose programs wait for each other only if they are asked for. Raises ValueError where the path cannot run
+    the problem on the device.
     """
-    plans = [plan for plan in plans_for(problem, device, splits) if path in (None, plan.path)]
-    if not plans:
+    plans = plans_for(problem, device, splits)
+    chosen = [plan for plan in plans if (not plan.cooperative if path is None else plan.path == path)]
+    if not chosen:
         raise ValueError(f"path {path} cannot run {problem.operation} of {list(problem.shape)} on {device.name}")
-    return min(plans, key=lambda plan: seconds(plan, problem, device) * (DOUBT if plan.cooperative else 1.0))
+    return min(chosen, key=lambda plan: seconds(plan, problem, device))
 
 
 def plans_for(problem: Problem, device: Device, splits: int | None = None) -> Iterator[Plan]:
