@@ -11,8 +11,7 @@ A case is one call of batch norm in training, forward alone (recorded by autogra
 - functional_call: torch.func.functional_call of a module with parameters and buffers that are other ones at each call.
 - module, module-momentum-none: BatchNorm1d, which counts its batches; with the average over all batches.
 - fused-container: nn.Sequential of a batch norm and a ReLU, which ours computes in one operation.
-- compiled-operator: what compiled code calls at run time: torch.library's operators, without autograd, and the copies
-  of statistics that they need. Of torch's the same: aten's operators.
+- compiled-operator: what compiled code calls at run time: torch.library's operators, without autograd. Of torch's the same: aten's operators.
 - new-shape: N that was never seen before: what the call costs more than a steady one, ours and torch's alike. Kernels
   were compiled for its tile. The library decides on the plan here; in all other cases the path is forced. Planning
   alone is that of an H200, which has more to choose from than the CPU.
@@ -40,7 +39,7 @@ from bench.errors import BenchError
 from bench.measure import machine, stamp, synchronize
 from bench.mnist_tables import uncut
 from bench.stub import StubDriver
-from tritonbn import choice, geometry, handles, model, plan, planning, signature, traffic
+from tritonbn import choice, dispatch, geometry, handles, model, plan, planning, traffic
 from tritonbn.activations import IDENTITY
 from tritonbn.functional import batch_norm
 from tritonbn.plan import Operation, Path, Plan, forced, make_plan
@@ -70,7 +69,7 @@ def forget_handles() -> None:
 
 def forget_shapes() -> None:
     """Have every shape be a new one; compiled kernels stay."""
-    signature.forget()
+    dispatch.forget()
     for module in (choice, geometry, model, plan, planning, traffic):
         for value in list(vars(module).values()):
             if hasattr(value, "cache_clear"):
@@ -80,11 +79,9 @@ def forget_shapes() -> None:
 def compiled_operator(t: "Tensors", backward: bool) -> object:
     """What compiled code runs in the place of the function; it has taken the function apart already."""
     ops = torch.ops.tritonbn
-    y, _, mean, rstd, *updated = ops.batch_norm.default(
-        t.x, t.weight, t.bias, None, t.mean, t.var, True, MOMENTUM, EPS, *IDENTITY, False
+    y, _, mean, rstd = ops.batch_norm.default(
+        t.x, t.weight, t.bias, None, t.mean, t.var, None, True, MOMENTUM, EPS, *IDENTITY, False
     )
-    for old, new in zip((t.mean, t.var), updated, strict=True):
-        old.copy_(new)
     if not backward:
         return y
     return ops.batch_norm_backward.default(

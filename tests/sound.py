@@ -19,9 +19,9 @@ def covered(plan: Plan) -> tuple[int, int]:
 
 
 def assert_sound(plan: Plan, device: Device, largest: int = RESIDENT_BYTES) -> None:
-    """Each element is reached once, all limits of the hardware are kept; a CTA's part of a tile has `largest` bytes."""
+    """Each element is reached once, all limits of the hardware are kept; a tile has at most `largest` bytes."""
     tile, (N, C, _) = plan.tile, plan.shape
-    for block in (tile.BLOCK_R, tile.BLOCK_L, tile.BLOCK_G, tile.BLOCK_F, plan.merge_block, plan.num_warps, plan.ctas):
+    for block in (tile.BLOCK_R, tile.BLOCK_L, tile.BLOCK_G, tile.BLOCK_F, plan.merge_block, plan.num_warps):
         assert block & (block - 1) == 0, "blocks are powers of two"
     reached, there = covered(plan)
     assert reached == there, "each element belongs to one program"
@@ -35,16 +35,14 @@ def assert_sound(plan: Plan, device: Device, largest: int = RESIDENT_BYTES) -> N
     assert max(plan.splits, plan.apply_splits) <= 65535, "the second axis of a grid"
     assert plan.splits * 3 * C <= 1 << 31, "offsets into the workspace have 32 bits"
     assert tile.V * plan.itemsize <= 16
-    assert tile.BLOCK_R * tile.BLOCK_L * plan.itemsize <= largest * plan.ctas
+    assert tile.BLOCK_R * tile.BLOCK_L * plan.itemsize <= largest
     lanes = plan.width * tile.V if tile.GROUP == 1 else C * tile.SPAN * tile.FOLD
     assert min(8, power_of_two(lanes)) <= tile.BLOCK_L, "a byte of packed bits belongs to one block"
     if plan.cooperative:
         assert device.cooperative
         most = device.sms * max(1, 16 // plan.num_warps)
         assert plan.grid[0] * plan.grid[1] <= most, "programs that wait for each other are on the GPU at a time"
-    assert (plan.ctas > 1) == (plan.path == "cluster")
-    assert plan.ctas == 1 or device.clusters
-    if plan.path in ("cluster", "cooperative"):
+    if plan.path == "cooperative":
         assert plan.reduce_tiles == 1, "each program keeps its share in registers"
     if plan.operation == "inference":
         assert plan.path == "split"

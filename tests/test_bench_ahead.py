@@ -114,7 +114,7 @@ def test_a_launch_finds_what_was_compiled_ahead(found: dict[str, Any]) -> None:
     count, compiled, after, launched, kernels = found["operations"]
     assert count == compiled == after
     assert launched >= count
-    assert {"forward_kernel", "backward_kernel", "cooperative_forward_kernel"} <= set(kernels)
+    assert {"forward_kernel", "backward_kernel", "statistics_kernel"} <= set(kernels)
     count, compiled, after, plans = found["tuning"]
     assert compiled == after
     assert count > 10

@@ -242,19 +242,18 @@ def test_handles_are_forgotten_when_there_are_too_many(kernel: Kernel, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("num_warps", "path", "ctas", "expected"),
+    ("num_warps", "path", "expected"),
     [
-        pytest.param(4, "single", 1, {"maxnreg": 255}, id="most-of-a-thread"),
-        pytest.param(8, "split", 1, {"maxnreg": 255}, id="256"),
-        pytest.param(16, "single", 1, {"maxnreg": 128}, id="half"),
-        pytest.param(32, "single", 1, {"maxnreg": 64}, id="1024-threads"),
-        pytest.param(8, "cooperative", 1, {"maxnreg": 128, "launch_cooperative_grid": True}, id="cooperative"),
-        pytest.param(8, "cluster", 4, {"maxnreg": 255, "num_ctas": 4}, id="cluster"),
+        pytest.param(4, "single", {"maxnreg": 255}, id="most-of-a-thread"),
+        pytest.param(8, "split", {"maxnreg": 255}, id="256"),
+        pytest.param(16, "single", {"maxnreg": 128}, id="half"),
+        pytest.param(32, "single", {"maxnreg": 64}, id="1024-threads"),
+        pytest.param(8, "cooperative", {"maxnreg": 128, "launch_cooperative_grid": True}, id="cooperative"),
     ],
 )
 @pytest.mark.skipif(torch.version.hip is not None, reason="registers are NVIDIA's")
-def test_options(num_warps: int, path: str, ctas: int, expected: dict[str, Any]) -> None:
-    plan: Any = SimpleNamespace(num_warps=num_warps, cooperative=path == "cooperative", ctas=ctas)
+def test_options(num_warps: int, path: str, expected: dict[str, Any]) -> None:
+    plan: Any = SimpleNamespace(num_warps=num_warps, cooperative=path == "cooperative")
     assert handles.options(plan) == {"num_warps": num_warps, "enable_fp_fusion": True} | expected
 
 
@@ -290,8 +289,7 @@ V100, A100, RTX3090, L40, H100 = (
     ],
 )
 def test_occupancy(registers: int, shared: int, num_warps: int, device: Any, per_sm: int) -> None:
-    assert resident_programs(registers, shared, num_warps, 1, device) == per_sm * device.multi_processor_count
-    assert resident_programs(registers, shared, num_warps, 4, device) == per_sm * device.multi_processor_count // 4
+    assert resident_programs(registers, shared, num_warps, device) == per_sm * device.multi_processor_count
 
 
 def test_a_grid_fits_if_all_its_programs_are_resident(

@@ -29,13 +29,11 @@ CHOICES = {
     "stream": Choice("stream", 4, 64, 1, splits=3, slots=2),
     "stream-one-slot": Choice("stream", 2, 64, 1, splits=2, slots=1),
     "stream-one-program": Choice("stream", 4, 64, 1, splits=1),
-    "cluster": Choice("cluster", 1 << 20, 1 << 20, 4, ctas=2),
     "staged": Choice("split", 2, 64, 1, splits=2, apply_tiles=2, stages=3),
 }
 KERNELS = {
     "cooperative": ["cooperative_forward_kernel", "cooperative_backward_kernel"],
     "stream": ["cooperative_forward_kernel", "cooperative_backward_kernel"],
-    "cluster": ["forward_kernel", "backward_kernel"],
     "split": ["statistics_kernel", "normalize_kernel", "gradient_sums_kernel", "input_gradient_kernel"],
 }
 
@@ -46,23 +44,14 @@ def on(name: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[No
     choice = CHOICES[name]
     with ExitStack() as stack:
         if launch.INTERPRETED:
-            monkeypatch.setattr(planning, "device_of", lambda device: Device(cooperative=True, clusters=True))
+            monkeypatch.setattr(planning, "device_of", lambda device: Device(cooperative=True))
             stack.enter_context(together(seed))
-        elif choice.ctas > 1 and not planning.device_of(torch.device("cuda")).clusters:
-            pytest.skip("this GPU or Triton cannot reduce over the CTAs of a program")
         stack.enter_context(forced(choice=choice))
         yield
 
 
 LAYOUTS: list[Any] = cases.LAYOUTS
-CLUSTERED: list[Any] = [
-    p for p in LAYOUTS if p.id in ("rows", "rows-two-groups", "planes-ncl", "planes-one-channel", "channels-last")
-]
-EACH = [
-    pytest.param(name, *layout.values, id=f"{name}-{layout.id}")
-    for name in CHOICES
-    for layout in (CLUSTERED if name == "cluster" else LAYOUTS)
-]
+EACH = [pytest.param(name, *layout.values, id=f"{name}-{layout.id}") for name in CHOICES for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -122,15 +111,6 @@ def test_without_cooperation_nothing_waits() -> None:
     for shape in ((256, 64, 12544), (256, 64, 3136), (256, 512, 49), (60, 100, 1)):
         assert make_plan("forward", "planes", shape, 2, alone).path in ("single", "split")
     assert not planning.device_of(torch.device("cpu")).cooperative
-
-
-def test_clusters_need_a_triton_that_reduces_across_them() -> None:
-    with forced("cluster"), pytest.raises(ValueError, match="path cluster cannot run"):
-        make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=False))
-    with forced(choice=CHOICES["cluster"]), pytest.raises(ValueError, match="2 CTAs"):
-        make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=False))
-    with forced("cluster"):
-        assert make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=True)).ctas > 1
 
 
 def test_beside_other_processes_no_plan_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ H200 = Device("NVIDIA H200", 132)
         pytest.param("rows", (100_000, 100, 1), 2, ("split", "column", 64), id="many-channels-are-merged-in-groups"),
         pytest.param("rows", (802_816, 64, 1), 2, ("split", "column", 128), id="channels-last-56x56"),
         pytest.param("rows", (140_000, 1, 1), 4, ("split", "plane", 128), id="one-channel-is-a-plane"),
-        pytest.param("planes", (256, 64, 12544), 2, ("stream", "plane", 128), id="resnet-112x112"),
+        pytest.param("planes", (256, 64, 12544), 2, ("split", "plane", 128), id="resnet-112x112"),
         pytest.param("planes", (256, 256, 196), 2, ("split", "folded", 128), id="resnet-14x14"),
         pytest.param("planes", (256, 512, 49), 2, ("split", "folded", 128), id="resnet-7x7"),
         pytest.param("planes", (32, 2048, 49), 2, ("single", "folded", 128), id="many-groups-small-slices"),
@@ -59,9 +59,7 @@ def test_forced_path_and_splits() -> None:
 
 
 def test_forced_rejects_what_is_not_a_plan() -> None:
-    with pytest.raises(
-        ValueError, match="path must be one of single, cluster, cooperative, stream, split, but got 'fast'"
-    ):
+    with pytest.raises(ValueError, match="path must be one of single, cooperative, stream, split, but got 'fast'"):
         forced("fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="splits must be from 1 to 65535, but got 0"):
         forced(splits=0)
@@ -81,15 +79,14 @@ def test_print_says_what_runs() -> None:
     operation=st.sampled_from(["forward", "backward", "inference"]),
     sms=st.integers(1, 200),
     cooperative=st.booleans(),
-    clusters=st.booleans(),
 )
 def test_every_plan_is_sound(
-    rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int, cooperative: bool, clusters: bool
+    rows: bool, shape: tuple[int, int, int], itemsize: int, operation: Any, sms: int, cooperative: bool
 ) -> None:
     N, C, S = shape
     if rows:
         shape, S = (N * S, C, 1), 1
-    device = Device("x", sms, cooperative=cooperative, clusters=clusters)
+    device = Device("x", sms, cooperative=cooperative)
     assert_sound(make_plan(operation, "rows" if rows else "planes", shape, itemsize, device), device)
 
 

@@ -13,7 +13,6 @@ from tests.test_paths import CHOICES, on
 from tritonbn import launch, planning, tickets
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.autograd import keeps_bits
-from tritonbn.device import Device
 from tritonbn.launch import Saved
 from tritonbn.plan import forced, make_plan
 from tritonbn.traffic import Operands, bytes_moved, floor_bytes
@@ -149,7 +148,7 @@ FEW_LAYOUTS = [param for param in LAYOUTS if param.id in SMALL]
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("name", [name for name in CHOICES if name != "cluster"])
+@pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("layout", FEW_LAYOUTS)
 def test_each_path_moves_the_bytes_of_its_class(
     layout: Layout, name: str, residual: bool, monkeypatch: pytest.MonkeyPatch
@@ -175,11 +174,3 @@ def test_each_path_moves_the_bytes_of_its_class(
         assert backward[0] == floor_bytes(plan, operands) + again == bytes_moved(plan, operands)
     if CHOICES[name].path == "cooperative":
         assert plan.tile.ONCE
-
-
-def test_a_cluster_moves_the_floor() -> None:
-    """Its program holds all of a channel group's slice."""
-    with forced("cluster"):
-        plan = make_plan("backward", "planes", (32, 192, 784), 2, Device(clusters=True))
-    assert plan.ctas > 1
-    assert bytes_moved(plan, Operands()) == floor_bytes(plan, Operands()) == 3 * 2 * 32 * 192 * 784

@@ -70,11 +70,11 @@ class Times:
 
 @pytest.mark.parametrize(("challenger", "replaced"), [(101.0, False), (98.0, False), (97.2, False), (97.0, True)])
 def test_a_challenger_must_be_faster_by_three_percent(challenger: float, replaced: bool) -> None:
-    measure = Times(lambda plan: challenger if plan.path == "split" else 100.0)
+    measure = Times(lambda plan: challenger if plan.path == "stream" else 100.0)
     found = tune_problem(LAYER, H200, measure)
     assert found is not None
-    assert (found.before.path, found.before_us) == ("stream", 100.0)
-    assert (found.after.path, found.after_us) == (("split", 97.0) if replaced else ("stream", 100.0))
+    assert (found.before.path, found.before_us) == ("split", 100.0)
+    assert (found.after.path, found.after_us) == (("stream", 97.0) if replaced else ("split", 100.0))
     assert (found.after == found.before) == (not replaced)
     assert (found.tried, found.dropped) == (len(measure.asked), 0)
 
@@ -141,7 +141,7 @@ def test_the_second_round_may_win() -> None:
 
 
 def test_text_of_a_result() -> None:
-    before, after = model.best(LAYER, H200), model.best(LAYER, H200, "split")
+    before, after = model.best(LAYER, H200, "stream"), model.best(LAYER, H200, "split")
     found = Tuned(LAYER, before, after, 100.0, 80.25, 20, 3)
     text = "forward planes [256, 64, 3136] x 2 bytes: 100.0 -> 80.2 us (split, was stream; 20 timed, 3 dropped)"
     assert str(found) == text
@@ -165,7 +165,7 @@ def work(again: bool = False) -> dict[Problem, Layer]:
 
 
 def timer(problem: Problem, layer: Layer) -> Measure:
-    return lambda plan: 10.0 if plan.path == "split" else 20.0
+    return lambda plan: 10.0 if plan.path == "single" else 20.0
 
 
 def test_problems_are_those_of_the_layers_and_the_heaviest_come_first() -> None:
@@ -188,7 +188,7 @@ def test_near_sizes_are_tuned_once() -> None:
 
 def test_what_is_found_is_used_here_and_by_other_processes(folder: Path) -> None:
     before, began = plan_of(LAYER), epoch()
-    assert (before.path, source(LAYER)) == ("stream", "the model")
+    assert (before.path, source(LAYER)) == ("split", "the model")
     found = tune_problems(work(), H200, timer, folder, None, None)
     assert len(found) == 6
     assert epoch() > began
@@ -218,7 +218,7 @@ def test_what_the_tables_know_is_left_out_unless_again(folder: Path) -> None:
     tables.forget()
     assert set(work(again=True)) - set(work()) == {LAYER}
     (result,) = tune_problems({LAYER: LAYERS[1]}, H200, timer, folder, None, None)
-    assert (result.before.path, result.after == result.before) == ("split", True), "the incumbent is the table's"
+    assert (result.before.path, result.after == result.before) == ("single", True), "the incumbent is the table's"
 
 
 def test_each_is_told_before_it_begins() -> None:

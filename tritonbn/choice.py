@@ -8,7 +8,7 @@ from tritonbn.geometry import Tile, geometry, power_of_two
 
 Operation = Literal["forward", "backward", "inference"]
 Layout = Literal["rows", "planes"]
-Path = Literal["single", "cluster", "cooperative", "stream", "split"]
+Path = Literal["single", "cooperative", "stream", "split"]
 
 LARGEST_TILE = 64 << 10  # bytes that the registers of one program can hold, whatever else they have to
 GRID_LIMIT = 65535  # the second axis of a CUDA grid
@@ -61,7 +61,6 @@ class Choice(NamedTuple):
     splits: int = 1  # programs that share the reduction of a channel group
     apply_tiles: int = 1  # tiles per program of an elementwise pass
     slots: int = 0  # channel groups that are worked on at a time; 0: all
-    ctas: int = 1  # of a program
     stages: int = 1  # of the loads in a reduction's loop
 
     def check(self) -> None:
@@ -75,14 +74,12 @@ class Choice(NamedTuple):
                 raise ValueError(f"{name} must be an integer from {least} to {most}, but got {value!r}")
             if powers and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, but got {value}")
-        if (self.ctas > 1) != (self.path == "cluster"):
-            raise ValueError(f"path cluster has programs of several CTAs, but got {self.path} and {self.ctas}")
 
 
 # Of the integers of a choice: the most, and whether they are powers of two.
 _RANGES = (
     ("block_r", 1 << 20, True), ("block_l", 1 << 20, True), ("num_warps", 16, True), ("splits", GRID_LIMIT, False),
-    ("apply_tiles", GRID_LIMIT, False), ("slots", GRID_LIMIT, False), ("ctas", 8, True), ("stages", 8, False),
+    ("apply_tiles", GRID_LIMIT, False), ("slots", GRID_LIMIT, False), ("stages", 8, False),
 )  # fmt: skip
 
 
@@ -123,7 +120,6 @@ class Plan:
     apply_tiles: int  # tiles per program of an elementwise pass
     merge_block: int  # partials that are merged at a time
     slots: int  # channel groups that are worked on at a time: the first axis of a cooperative grid
-    ctas: int  # of a program
     choice: Choice = field(compare=False, repr=False)
     estimate: Estimate | None = field(default=None, compare=False, repr=False)
     kept: dict[Any, Any] | None = field(default=None, compare=False, repr=False)  # see `handles.py`
@@ -188,11 +184,10 @@ class Plan:
     def __str__(self) -> str:
         N, C, S = self.shape
         shape = f"[{N}, {C}]" if self.layout == "rows" else f"[{N}, {C}, {S}]"
-        size = f"{self.num_warps} warps" + f" x {self.ctas} CTAs" * (self.ctas > 1)
         return (
             f"{self.operation} {self.layout} {shape} x {self.itemsize} bytes: path {self.path}, {self.launches} launch"
-            f"{'es' if self.launches == 2 else ''}, {self.grid[0]} x {self.grid[1]} programs of {size}, "
-            f"{self.geometry} tiles {self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), "
+            f"{'es' if self.launches == 2 else ''}, {self.grid[0]} x {self.grid[1]} programs of {self.num_warps} warps"
+            f", {self.geometry} tiles {self.tile.BLOCK_L} x {self.tile.BLOCK_R} ({self.tile.GROUP} channels), "
             f"{self.access_bits}-bit access" + (f"; {self.estimate}" if self.estimate else "")
         )
 
@@ -209,8 +204,6 @@ def build(problem: Problem, choice: Choice) -> Plan:
     lanes = power_of_two(problem.view[2] if tile.GROUP == 1 else C)
     if tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
         block_l = tile.BLOCK_L
-        if choice.ctas > 1:
-            raise ValueError("path cluster cannot gather channels across the CTAs of a program")
     elif block_l < min(8, lanes):  # forward and backward may have different plans, but the bits between them are alike
         raise ValueError(f"a byte of packed bits belongs to one block of lanes, but got {block_l} of {lanes} lanes")
     elif tile.GROUP == 1:
@@ -222,12 +215,12 @@ def build(problem: Problem, choice: Choice) -> Plan:
     extent = problem.view[2] if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
     tiles = -(-rows // block_r) * -(-extent // block_l)
     most = min(tiles, GRID_LIMIT, (1 << 31) // (3 * C))  # the workspace [splits, 3, C] has 32-bit indices
-    splits = 1 if choice.path in ("single", "cluster") else min(choice.splits, most)
+    splits = 1 if choice.path == "single" else min(choice.splits, most)
     reduce_tiles = -(-tiles // splits)
     resident = choice.path != "split" and reduce_tiles == 1
-    if not resident and choice.path in ("cluster", "cooperative"):
-        raise ValueError(f"path {choice.path} needs one tile for a program's share, but got {reduce_tiles}")
-    if block_r * block_l * problem.itemsize > choice.ctas * LARGEST_TILE:
+    if not resident and choice.path == "cooperative":
+        raise ValueError(f"path cooperative needs one tile for a program's share, but got {reduce_tiles}")
+    if block_r * block_l * problem.itemsize > LARGEST_TILE:
         raise ValueError(f"a tile of {block_l} x {block_r} elements of {problem.itemsize} bytes is too large")
     return Plan(
         *problem[:2],
@@ -243,6 +236,5 @@ def build(problem: Problem, choice: Choice) -> Plan:
         apply_tiles=max(1, min(choice.apply_tiles, tiles), -(-tiles // GRID_LIMIT)),
         merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
         slots=min(choice.slots or groups, groups),
-        ctas=choice.ctas,
         choice=choice,
     )

@@ -12,7 +12,11 @@ class Device:
     l2_bytes: int = 60 << 20
     bandwidth: float = 4.3e12  # bytes per second that a large copy reads and writes
     cooperative: bool = True  # can launch a grid whose programs wait for each other
-    clusters: bool = False  # and programs of several CTAs, with a Triton that reduces across them
+
+    @property
+    def gpu(self) -> tuple[str, int]:
+        """What measurements hold for: the name and the number of multiprocessors."""
+        return self.name, self.sms
 
 
 H200 = Device()
@@ -29,11 +33,9 @@ KNOWN = (
 )
 
 
-def described(
-    name: str, sms: int, l2_bytes: int, data_sheet_bandwidth: float, cooperative: bool, clusters: bool
-) -> Device:
+def described(name: str, sms: int, l2_bytes: int, data_sheet_bandwidth: float, cooperative: bool) -> Device:
     """The device of that name: known ones by the table, others by what the driver says (0: it says nothing)."""
     known = next((device for device in KNOWN if device.name == name), None)
     # A GPU of which nothing is known has memory for its multiprocessors as an A100 has.
     bandwidth = known.bandwidth if known else 0.9 * data_sheet_bandwidth or sms * 1.6e10
-    return Device(name, sms, (known.l2_bytes if known else l2_bytes) or 4 << 20, bandwidth, cooperative, clusters)
+    return Device(name, sms, (known.l2_bytes if known else l2_bytes) or 4 << 20, bandwidth, cooperative)

@@ -162,7 +162,7 @@ def fits_at_once(
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         compiled.run  # noqa: B018  # loads it: registers are known then
         at_once = resident_programs(
-            compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps, compiled.metadata.num_ctas,
+            compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps,
             torch.cuda.get_device_properties(device),
         )  # fmt: skip
         known = prod(grid) <= at_once

@@ -34,9 +34,6 @@ WARPS_PER_SM = 16
 FULL_WAVE = 0.95
 # Most tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
 APPLY_TILES = 4
-CLUSTERS = (2, 4, 8)
-# A cooperative grid starts when all of the GPU is free for it: it must promise more than the estimate may be wrong by.
-DOUBT = 1.1
 # Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
 # measured: an A100 has 163 KiB, and reductions need some as well.
 LARGEST_STAGES = 144 << 10
@@ -49,12 +46,14 @@ TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "str
 def best(problem: Problem, device: Device, path: Path | None = None, splits: int | None = None) -> Plan:
     """The plan that should take the least time, of those with the given path and splits.
 
-    Raises ValueError where the path cannot run the problem on the device.
+    Of paths whose programs wait for each other only if they are asked for. Raises ValueError where the path cannot run
+    the problem on the device.
     """
-    plans = [plan for plan in plans_for(problem, device, splits) if path in (None, plan.path)]
-    if not plans:
+    plans = plans_for(problem, device, splits)
+    chosen = [plan for plan in plans if (not plan.cooperative if path is None else plan.path == path)]
+    if not chosen:
         raise ValueError(f"path {path} cannot run {problem.operation} of {list(problem.shape)} on {device.name}")
-    return min(plans, key=lambda plan: seconds(plan, problem, device) * (DOUBT if plan.cooperative else 1.0))
+    return min(chosen, key=lambda plan: seconds(plan, problem, device))
 
 
 def plans_for(problem: Problem, device: Device, splits: int | None = None) -> Iterator[Plan]:
@@ -78,12 +77,8 @@ def _choices(problem: Problem, device: Device, splits: int | None) -> Iterator[C
     if problem.operation == "inference":
         return
     yield streamed._replace(path="single")
-    resident = [_resident(problem, share) for share in (1, *CLUSTERS)]
-    if resident[0] is not None:
-        yield resident[0]
-    for choice in resident[1:]:
-        if choice is not None and device.clusters:
-            yield choice
+    if (resident := _resident(problem)) is not None:
+        yield resident
     if device.cooperative:
         yield from _cooperative(problem, device, splits)
 
@@ -101,19 +96,18 @@ def _streamed(problem: Problem, device: Device, narrow: bool = False) -> Choice:
     return choice._replace(apply_tiles=max(1, min(APPLY_TILES, plan.tiles * plan.groups // (4 * device.sms))))
 
 
-def _resident(problem: Problem, ctas: int) -> Choice | None:
-    """One tile for all of a group's slice, in registers of one CTA or several; None if it is too large or too small."""
+def _resident(problem: Problem) -> Choice | None:
+    """One tile for all of a group's slice, in registers; None if it is too large."""
     tile = problem.geometry[0]
     block_l = power_of_two(problem.view[2]) if tile.GROUP == 1 else tile.BLOCK_L
     block_r = power_of_two(problem.rows)
     size = block_r * block_l * problem.itemsize
     narrow = tile.V * problem.itemsize < 8  # an address for each access: half as much
-    most = ctas * (RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES)
-    if size > most or (ctas > 1 and 2 * size <= most):
+    if size > (RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES):
         return None
     per_thread = NARROW_BYTES_PER_THREAD if narrow or problem.operation == "backward" else BYTES_PER_THREAD
-    num_warps = max(1, min(2 * WARPS, size // ctas // (32 * per_thread)))
-    return Choice("cluster" if ctas > 1 else "single", block_r, block_l, num_warps, ctas=ctas)
+    num_warps = max(1, min(2 * WARPS, size // (32 * per_thread)))
+    return Choice("single", block_r, block_l, num_warps)
 
 
 def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
@@ -169,8 +163,6 @@ def check(plan: Plan, device: Device) -> Plan:
             f"path {plan.path} needs all of {plan.grid[0]} x {plan.grid[1]} programs at a time, "
             f"but {device.name} has room for {most}"
         )
-    if plan.ctas > 1 and not device.clusters:
-        raise ValueError(f"programs of {plan.ctas} CTAs need a GPU and a Triton that reduce across them")
     return plan
 
 
@@ -201,7 +193,7 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
         programs = plan.groups * plan.apply_splits
         waves = ceil(programs / programs_at_once(plan.num_warps, device))
         return LAUNCH + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
-    at_once = max(1, programs_at_once(plan.num_warps, device) // plan.ctas)
+    at_once = programs_at_once(plan.num_warps, device)
     programs = plan.grid[0] * plan.grid[1]
     merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
     waves = ceil(programs / at_once)
@@ -226,7 +218,7 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
         # While one slot waits, the programs of others work, if there are any.
         waits = rounds if plan.slots == 1 else 1 + (rounds - 1) / 2
         time = LAUNCH / 2 + uneven * time + waits * (BARRIER + merge)
-    return LAUNCH + time + BARRIER * (plan.ctas > 1)
+    return LAUNCH + time
 
 
 def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, programs: int, tiles: int) -> float:
@@ -234,7 +226,7 @@ def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, 
 
     What memory takes, or L2, or the loads that each program waits for: it works on `tiles`, two at a time.
     """
-    reach = min(1.0, SM_REACH * programs * plan.ctas / device.sms)
+    reach = min(1.0, SM_REACH * programs / device.sms)
     memory = (read + written) / (device.bandwidth * reach)
     cache = (read + hits + written) / (L2_SPEED * device.bandwidth)
     narrow = max(1.0, 64 / plan.access_bits)

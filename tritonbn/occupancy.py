@@ -14,11 +14,10 @@ _RESERVED = 1024
 _SHARED_UNIT = 128
 
 
-def resident_programs(registers: int, shared: int, num_warps: int, num_ctas: int, device: Any) -> int:
-    """Programs of `num_ctas` blocks of `num_warps` warps that a device holds at a time; 0 if not even one.
+def resident_programs(registers: int, shared: int, num_warps: int, device: Any) -> int:
+    """Programs of `num_warps` warps that a device holds at a time; 0 if not even one.
 
-    registers: of a thread.  shared: bytes of a block.  device: `torch.cuda.get_device_properties` of it. With clusters
-    it is an upper bound: those of more than one block must lie in one group of multiprocessors.
+    registers: of a thread.  shared: bytes of a block.  device: `torch.cuda.get_device_properties` of it.
     """
     capability = device.major, device.minor
     warp_registers = _up(32 * registers, _REGISTER_UNIT)
@@ -28,7 +27,7 @@ def resident_programs(registers: int, shared: int, num_warps: int, num_ctas: int
     blocks = min(by_warps // num_warps, _BLOCKS.get(capability, 32))
     if block_bytes:
         blocks = min(blocks, device.shared_memory_per_multiprocessor // block_bytes)
-    return int(blocks) * int(device.multi_processor_count) // num_ctas
+    return int(blocks) * int(device.multi_processor_count)
 
 
 def _up(value: int, unit: int) -> int:

@@ -75,7 +75,7 @@ def make_plan(
 
 def independent(problem: Problem, device: Device) -> Plan:
     """The plan of which no program needs another one, whatever is forced or measured: it runs anywhere."""
-    return model.best(problem, replace(device, cooperative=False, clusters=False))
+    return model.best(problem, replace(device, cooperative=False))
 
 
 @lru_cache(maxsize=4096)
@@ -93,9 +93,9 @@ def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tu
         return model.check(build(problem, force.choice), device), "a forced choice"
     if force != _Forced():
         return model.best(problem, device, force.path, force.splits), "the model, path or splits forced"
-    if tuned and (found := tables.find(problem, device)) is not None:
+    for choice, source in tables.find(problem, device) if tuned else ():
         try:
-            return model.check(build(problem, found[0]), device), found[1]
-        except ValueError:  # measured for a size near this one, which this one exceeds
-            pass
+            return model.check(build(problem, choice), device), source
+        except ValueError:  # measured for a size near this one, which this one exceeds, or by a process that was alone
+            continue
     return model.best(problem, device), "the model"

@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from tritonbn import tables
@@ -67,13 +66,9 @@ def alone() -> bool:
 
 @lru_cache(maxsize=64)
 def _described(device: torch.device, is_alone: bool) -> Device:
-    nvidia = not torch.version.hip
-    clusters = nvidia and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # see `choice.py`
     if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
-        return Device(cooperative=device.type != "cpu", clusters=clusters)
+        return Device(cooperative=device.type != "cpu")
     p = torch.cuda.get_device_properties(device)
     data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
     l2_bytes = getattr(p, "L2_cache_size", 0)
-    return described(
-        p.name, p.multi_processor_count, l2_bytes, data_sheet, nvidia and is_alone, clusters and p.major >= 9
-    )
+    return described(p.name, p.multi_processor_count, l2_bytes, data_sheet, not torch.version.hip and is_alone)

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
                 raise ValueError(f"{name} must be a positive number of microseconds, but got {value!r}")
 
 
-_tuned: dict[tuple[Device, str], Entry] = {}
+_tuned: dict[tuple[tuple[str, int], str], Entry] = {}
 _told: set[tuple[str, Path]] = set()
 _epoch = 0
 _written = 0
@@ -82,20 +82,23 @@ def _half_octave(n: int) -> int:
     return round(2 ** (round(2 * log2(n)) / 2))
 
 
-def find(problem: Problem, device: Device) -> tuple[Choice, str] | None:
-    """The measured choice for a problem of this kind, and where it is from; None if nothing was measured."""
-    name = key(problem)
-    if (tuned := _tuned.get((device, name))) is not None:
-        return tuned.choice, "tuned in this process"
+def find(problem: Problem, device: Device) -> list[tuple[Choice, str]]:
+    """The measured choices for a problem of this kind, each with where it is from, the first one first.
+
+    A choice may be one that cannot run here: of a near size, or of a process that was alone on the GPU.
+    """
+    name, found = key(problem), []
+    if (tuned := _tuned.get((device.gpu, name))) is not None:
+        found.append((tuned.choice, "tuned in this process"))
     for folder, origin in ((user_folder(), "the user's table"), (SHIPPED, "the library's table")):
-        if folder is not None and (entry := _read(path(folder, device), device).get(name)) is not None:
-            return entry.choice, origin
-    return None
+        if folder is not None and (entry := _read(path(folder, device), device.gpu).get(name)) is not None:
+            found.append((entry.choice, origin))
+    return found
 
 
 def remember(device: Device, entries: dict[str, Entry]) -> None:
     """Have `find` answer with these in this process."""
-    _tuned.update({(device, name): entry for name, entry in entries.items()})
+    _tuned.update({(device.gpu, name): entry for name, entry in entries.items()})
     changed(written=True)
 
 
@@ -139,7 +142,7 @@ def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file):
-            _write(file, device, _load(file, device) | entries)
+            _write(file, device, _load(file, device.gpu) | entries)
     except OSError as error:
         _tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
         return None
@@ -172,12 +175,12 @@ def _write(file: Path, device: Device, entries: dict[str, Entry]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _read(file: Path, device: Device) -> dict[str, Entry]:
+def _read(file: Path, gpu: tuple[str, int]) -> dict[str, Entry]:
     """`_load`, once."""
-    return _load(file, device)
+    return _load(file, gpu)
 
 
-def _load(file: Path, device: Device) -> dict[str, Entry]:
+def _load(file: Path, gpu: tuple[str, int]) -> dict[str, Entry]:
     """The entries of a file, empty if there is none; with a warning, once, if it is not what it should be."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -190,8 +193,8 @@ def _load(file: Path, device: Device) -> dict[str, Entry]:
         for name, expected in (
             ("format", FORMAT),
             ("tritonbn", __version__),
-            ("gpu", device.name),
-            ("sms", device.sms),
+            ("gpu", gpu[0]),
+            ("sms", gpu[1]),
         ):
             if content[name] != expected or type(content[name]) is not type(expected):
                 return _ignored(file, f"expected {name} {expected!r}, got {content[name]!r}")

@@ -135,7 +135,7 @@ def problems(layers: Iterable[Layer], device: Device, again: bool) -> dict[Probl
         x = layer.empty("meta")
         for operation in OPERATIONS:
             problem = planning.problem_of(operation, x)
-            if again or tables.find(problem, device) is None:
+            if again or not tables.find(problem, device):
                 found.setdefault(tables.key(problem), (problem, layer))
     return dict(sorted(found.values(), key=lambda pair: -pair[0].operands * pair[0].data))
 
