@@ -61,13 +61,13 @@ def of_plan(plan: Plan, x: Tensor, activation: Activation = IDENTITY, residual: 
     calls: list[tuple[Launch, Plan]] = []
     with recording(calls):
         if plan.operation == "forward":
-            launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, activation, bits, plan=plan)
+            launch.forward(x, added, weight, bias, mean, var, None, 0.1, 1e-5, activation, bits, plan)
         else:
             kept = torch.empty(plan.bit_bytes, dtype=torch.uint8, device="meta") if bits else None
             needs_z = activation != IDENTITY and not bits  # as `autograd` keeps what z is computed from
             saved = launch.Saved(x, weight, bias if needs_z else None, added if needs_z else None, kept, mean, var)
             wanted = (True, True, True, residual and activation != IDENTITY)
-            launch.backward(x, saved, True, activation, kind, wanted, plan=plan)
+            launch.backward(x, saved, True, activation, kind, wanted, plan)
     yield from (recorded for recorded, _ in calls)
 
 

@@ -11,7 +11,8 @@ A case is one call of batch norm in training, forward alone (recorded by autogra
 - functional_call: torch.func.functional_call of a module with parameters and buffers that are other ones at each call.
 - module, module-momentum-none: BatchNorm1d, which counts its batches; with the average over all batches.
 - fused-container: nn.Sequential of a batch norm and a ReLU, which ours computes in one operation.
-- compiled-operator: what compiled code calls at run time: torch.library's operators, without autograd. Of torch's the same: aten's operators.
+- compiled-operator: what compiled code calls at run time: torch.library's operators, without autograd. Of torch's the
+  same: aten's operators.
 - new-shape: N that was never seen before: what the call costs more than a steady one, ours and torch's alike. Kernels
   were compiled for its tile. The library decides on the plan here; in all other cases the path is forced. Planning
   alone is that of an H200, which has more to choose from than the CPU.

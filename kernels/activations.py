@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .statistics import ratio
-from .tiles import widen
 
 
 @triton.jit

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import triton.language as tl
 
 from bench import quick_interpreter
-from tritonbn import launch, dispatch, tickets
+from tritonbn import dispatch, launch, tickets
 
 if launch.INTERPRETED:
     quick_interpreter.hurry()

@@ -38,7 +38,7 @@ ORDER = [
     "functional",
     "operators",
     "autograd",
-    "signature",
+    "dispatch",
     "launch",
     "planning",
     "handles",
@@ -53,6 +53,7 @@ ORDER = [
     "choice",
     "device",
     "geometry",
+    "private",
     "version",
     "kernels",
 ]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tests.launches import recorded
 from tritonbn import dispatch, plan
-from tritonbn.functional import batch_norm
 from tritonbn.dispatch import Call, recognize
+from tritonbn.functional import batch_norm
 
 Tensors = dict[str, Any]
 NAMES = ("x", "running_mean", "running_var", "weight", "bias", "residual", "counter")

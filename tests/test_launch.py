@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from bench.stub import StubDriver, active
-from tritonbn import handles
+from tritonbn import handles, private
 from tritonbn.activations import IDENTITY, resolve
 from tritonbn.occupancy import resident_programs
 from tritonbn.plan import Plan, make_plan
@@ -162,11 +162,13 @@ def test_kernels_and_devices_have_handles_of_their_own(stub: StubDriver) -> None
     assert len(set(keys)) == 4
 
 
-def test_equal_plans_do_not_share_a_handle_by_accident(kernel: Kernel) -> None:
-    """Keys hold the ids of plans: a handle keeps its plan alive, so that no other takes its id."""
-    start(kernel, vector(), vector(), None, 64, 0.5)
-    assert [handle.plan for handle in handles._handles.values()] == [PLAN]
-    assert next(iter(handles._handles.values())).plan is PLAN
+def test_calls_of_all_shapes_and_plans_share_what_is_compiled_for_them(kernel: Kernel) -> None:
+    """A handle is of what Triton compiles for: not of a shape, a call or a plan."""
+    for n in (64, 65, 1 << 20):
+        for plan in (PLAN, make_plan("forward", "rows", (59, 100, 1), 4)):
+            start(kernel, vector(), vector(), None, n, 0.5, plan=plan)
+    assert kernel.by_triton == 1
+    assert len(handles._handles) == 1
     assert handles._kernels[id(kernel)].jit is kernel
 
 
@@ -233,12 +235,57 @@ def test_kernels_that_keys_do_not_describe_are_refused(stub: StubDriver) -> None
         handles.start(Kernel(mixed), (1,), PLAN, vector(), 1)
 
 
-def test_handles_are_forgotten_when_there_are_too_many(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_handles_are_forgotten_when_there_are_too_many(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(handles, "LIMIT", 3)
-    for n in range(100, 107):
-        start(kernel, vector(), vector(), None, n, 0.5)
-        assert 1 <= len(handles._handles) <= 3
-    assert kernel.by_triton == 7
+    slopes = [resolve(f"leaky_relu({slope})") for slope in (0.1, 0.2, 0.3, 0.4)]
+    for act in slopes:
+        start(kernel, vector(), vector(), None, 64, 0.5, act=act)
+    assert len(handles._handles) == 3
+    for act in slopes[1:]:  # they are still there
+        start(kernel, vector(), vector(), None, 64, 0.5, act=act)
+    assert kernel.by_triton == 4
+    start(kernel, vector(), vector(), None, 64, 0.5, act=slopes[0])
+    assert kernel.by_triton == 5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("version", ["3.5.1", "4.0.0"])
+def test_an_untested_triton_launches_itself_and_says_so_once(
+    version: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(private, "_told", set())
+    args = (vector(), vector(), None, 64, 0.5)
+    with pytest.warns(UserWarning, match=f"launched by Triton.*expected one of the tested.*got {version}"):
+        start(kernel, *args)
+    for _ in range(2):  # warnings are errors here
+        start(kernel, *args)
+    assert kernel.by_triton == 3
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name", "value"),
+    [("runtime", "debug", True), ("runtime", "add_stages_inspection_hook", lambda *_: ("", "")),
+     ("compilation", "instrumentation_mode", "consan")],
+)  # fmt: skip
+def test_settings_that_triton_compiles_for_are_read_at_each_launch(
+    knobs: str, name: str, value: Any, kernel: Kernel, stub: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = (vector(), vector(), None, 64, 0.5)
+    start(kernel, *args)
+    space = getattr(triton.knobs, knobs)
+    if not hasattr(space, name):
+        pytest.skip("not in this Triton")
+    monkeypatch.setattr(Kernel, "run", lambda self, *args, **options: setattr(self, "by_triton", self.by_triton + 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(space, name, value)
+        start(kernel, *args)
+        assert kernel.by_triton == 2
+        assert len(handles._handles) == 1
+    start(kernel, *args)
+    assert kernel.by_triton == 2
 
 
 @pytest.mark.parametrize(
@@ -313,7 +360,7 @@ def test_spills_are_those_of_the_plans_kernels(kernel: Kernel, stub: StubDriver)
     start(kernel, vector(), vector(), None, 64, 0.5, plan=OTHER)
     assert handles.spills(PLAN) == 3
     assert handles.spills(OTHER) == 0
-    assert handles.spills(make_plan("forward", "rows", (61, 100, 1), 4)) is None
+    assert handles.spills(make_plan("backward", "rows", (60, 100, 1), 4)) is None
 
 
 def test_nothing_fits_where_programs_do_not_run_at_once() -> None:
@@ -323,7 +370,7 @@ def test_nothing_fits_where_programs_do_not_run_at_once() -> None:
 SCRIPT = """
 import itertools, torch
 from bench.stub import stubbed
-from tritonbn import handles
+from tritonbn import handles, private
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
 

@@ -83,7 +83,9 @@ def test_kernels_move_what_the_plan_says(layout: Layout, path: Any, name: str, r
         plan = planning.plan_for("forward" if training else "inference", x)
         with counted(x.numel()) as forward:
             if training:
-                _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, activation, bits_kept)
+                _, bits, _, _ = launch.forward(
+                    x, added, weight, bias, mean, var, None, 0.1, 1e-5, activation, bits_kept
+                )
             else:
                 _, bits, _, _ = launch.inference(x, added, weight, bias, mean, var, 1e-5, activation, bits_kept)
         assert forward[0] == bytes_moved(plan, Operands(training, residual, bits_kept))
@@ -160,7 +162,7 @@ def test_each_path_moves_the_bytes_of_its_class(
     with on(name, monkeypatch):
         plan = planning.plan_for("forward", x)
         with counted(x.numel()) as forward:
-            _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, 0.1, 1e-5, relu, residual)
+            _, bits, _, _ = launch.forward(x, added, weight, bias, mean, var, None, 0.1, 1e-5, relu, residual)
         operands = Operands(True, residual, residual)
         again = 0 if plan.tile.ONCE else x.nbytes
         assert forward[0] == floor_bytes(plan, operands) + again == bytes_moved(plan, operands)

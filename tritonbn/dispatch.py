@@ -135,7 +135,7 @@ def _not_plain(given: list[Any]) -> str:
         return "a transform of torch.func is active"
     if torch.is_grad_enabled() and any(t.is_inference() for t in given):
         return "a tensor is of inference mode, which autograd cannot save"
-    return "torch.jit.trace records it" if torch.jit.is_tracing() else ""
+    return "torch.jit.trace records it" if private.is_tracing() else ""
 
 
 def misfit(tensors: Tensors, training: bool) -> str:

@@ -13,7 +13,7 @@ from tritonbn import autograd, dispatch, launch, planning, private
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Saved
 
-LIBRARY = torch.library.Library("tritonbn", "DEF")
+LIBRARY: Any = torch.library.Library("tritonbn", "DEF")
 _ACTIVATION = "str activation, float a, float b"
 LIBRARY.define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
@@ -227,7 +227,7 @@ def _differentiable(operator: Any, function: type[torch.autograd.Function]) -> A
 
     def run(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-            return function.apply(*inputs)
+            return function.apply(*inputs)  # type: ignore[no-untyped-call]
         with private.below_autograd():
             return operator(*inputs)
 

@@ -36,7 +36,7 @@ class Reserve:
         self.lent: dict[int, dict[tuple[int, Purpose], list[Tensor]]] = {}  # by graph, then stream and purpose
 
     def lend(self, graph: Any, stream: int, purpose: Purpose, counters: int) -> Tensor | None:
-        """Zeroed counters for the calls of a graph on a stream (None: for one call, for ever); None if none are left."""
+        """Zeroed counters for calls of a graph on a stream (no graph: for one call only); None if none are left."""
         if graph is None:
             return self._take(counters)
         if id(graph) not in self.lent:
