@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import tritonbn
 from tests.parity import random
 from tritonbn import functional
-from tritonbn.activations import resolve
 
 CHANNELS = 3
 
@@ -87,18 +86,19 @@ def converted(model: nn.Module) -> Any:
 def fusions() -> Iterator[list[str]]:
     """What each batch norm run within was fused with: "", "relu", "add", "add + relu"."""
     seen: list[str] = []
-    real = functional.batch_norm
+    real = functional.normalize
 
-    def note(*args: Any, activation: Any = None, residual: Any = None, **kwargs: Any) -> Tensor:
-        name = str(resolve(activation))
+    def note(*args: Any) -> Tensor:
+        activation, residual, _ = args[-3:]
+        name = str(activation)
         seen.append(" + ".join(["add"] * (residual is not None) + [name] * (name != "identity")))
-        return real(*args, activation=activation, residual=residual, **kwargs)
+        return real(*args)
 
-    functional.batch_norm = note
+    functional.normalize = note  # type: ignore[assignment]
     try:
         yield seen
     finally:
-        functional.batch_norm = real
+        functional.normalize = real
 
 
 def fused_in(model: nn.Module, *inputs: Any, **named: Any) -> list[str]:

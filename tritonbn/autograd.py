@@ -238,7 +238,7 @@ class BatchNormBackward(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, *tensors = ctx.saved_tensors
         training, activation, dtype, _, memory_format = ctx.constants
-        dy, saved = dense_saved(dy, Saved(*tensors), dtype, memory_format)
+        saved = Saved(*tensors)
         slope = None
         if activation.two_valued:
             with torch.no_grad():

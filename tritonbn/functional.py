@@ -14,7 +14,8 @@ from tritonbn.dispatch import DTYPES, SYMBOLIC, Call, Tensors
 __all__ = ["DTYPES", "batch_norm", "check_residual", "normalize"]
 
 # Reasons for which nobody needs to be told that torch computes.
-_QUIET = (dispatch.REFUSED, dispatch.EMPTY)
+_ON_A_GPU = "the kernels are for CUDA tensors"
+_QUIET = (_ON_A_GPU, dispatch.REFUSED, dispatch.EMPTY)
 
 
 def batch_norm(
@@ -96,11 +97,9 @@ def normalize(
         momentum = 0.0
     tensors = (input, running_mean, running_var, weight, bias, residual, counter)
     if has_torch_function_variadic(*tensors):
-        momentum = _count(counter, momentum)
-        return batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps,
-            activation=activation, residual=residual,
-        )  # fmt: skip
+        given = (*tensors[:5], training, momentum, eps, activation, residual, counter)
+        result: Tensor = handle_torch_function(normalize, tensors, *given)
+        return result
     return _compute(tensors, training, momentum, eps, activation)
 
 
@@ -127,13 +126,34 @@ def _compute(tensors: Tensors, training: bool, momentum: Any, eps: Any, activati
     input, running_mean, running_var, weight, bias, residual, counter = tensors
     if residual is not None:
         check_residual(input, residual)
-    call = _record(tensors, training, momentum, eps)
+    if not (isinstance(input, Tensor) and (input.is_cuda or (launch.INTERPRETED and input.is_cpu))):
+        call = _ELSEWHERE
+    elif not (
+        type(training) is bool
+        and (type(momentum) is float or (momentum is None and counter is not None))
+        and type(eps) is float
+        and (eps > 0 or (eps == 0 and not training))
+    ):
+        call = _REFUSED
+    elif torch.compiler.is_compiling():
+        call = _of_symbols(tensors, training)
+    elif private.forward_derivatives():
+        call = _FORWARD
+    else:
+        call = dispatch.recognize(tensors, training)
     if call.reason:
         return _by_torch(tensors, training, momentum, eps, activation, call.reason)
     statistics = running_mean, running_var, counter, training, momentum, eps, activation
     if call is SYMBOLIC or private.dispatch_modes():
         return operators.apply(input, weight, bias, residual, statistics)
     return autograd.batch_norm(input, weight, bias, residual, statistics, call)
+
+
+def _of_symbols(tensors: Tensors, training: bool) -> Call:
+    """The record of a call in compiled code. What is exported must run where we are not installed."""
+    if private.is_exporting() or private.below_autograd is None or dispatch.misfit(tensors, training):
+        return _COMPILED
+    return SYMBOLIC
 
 
 def _real(value: Any) -> Any:
@@ -146,33 +166,7 @@ def _real(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) and hasattr(value, "dtype") else value  # numpy's
 
 
-def _runs_here(x: Any) -> bool:
-    """Whether x is where the kernels run."""
-    return isinstance(x, Tensor) and (x.is_cuda or (launch.INTERPRETED and x.is_cpu))
-
-
-def _record(tensors: Tensors, training: bool, momentum: Any, eps: Any) -> Call:
-    """What the kernels would take, if they can do it; what they leave, torch computes or refuses itself."""
-    if not _runs_here(tensors[0]):
-        return _ELSEWHERE
-    average = momentum is None and tensors[6] is not None
-    if not (
-        type(training) is bool
-        and (average or type(momentum) is float)
-        and type(eps) is float
-        and (eps > 0 or (eps == 0 and not training))
-    ):
-        return _REFUSED
-    if torch.compiler.is_compiling():  # an exported program must run where we are not installed
-        if private.is_exporting() or private.below_autograd is None or dispatch.misfit(tensors, training):
-            return _COMPILED
-        return SYMBOLIC
-    if private.forward_derivatives():
-        return _FORWARD
-    return dispatch.recognize(tensors, training)
-
-
-_ELSEWHERE = dispatch.torchs("the kernels are for CUDA tensors")
+_ELSEWHERE = dispatch.torchs(_ON_A_GPU)
 _REFUSED = dispatch.torchs(dispatch.REFUSED)
 _COMPILED = dispatch.torchs("torch.export records it, or the kernels do not take it")
 _FORWARD = dispatch.torchs("it is differentiated in forward mode")
@@ -186,7 +180,7 @@ def _by_torch(tensors: Tensors, training: bool, momentum: Any, eps: Any, activat
         running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
     y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y = activation.apply(y if residual is None else y + residual)
-    if not torch.compiler.is_compiling() and _runs_here(input) and reason not in _QUIET:
+    if reason not in _QUIET and not torch.compiler.is_compiling():
         private.tell(f"torch computes batch norm: {reason}")
     return y
 

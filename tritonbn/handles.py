@@ -19,7 +19,7 @@ from tritonbn import private
 from tritonbn.model import WARPS_PER_SM
 from tritonbn.occupancy import resident_programs
 from tritonbn.plan import Plan
-from tritonbn.private import JITFunction
+from tritonbn.private import JITFunction, driver
 
 # Entries, one for each kernel, tile and sort of arguments; beyond it the oldest are forgotten.
 LIMIT = 4096
@@ -119,7 +119,7 @@ def start(
                     low |= address
             if low & 15 == 0:
                 run(
-                    grid[0], grid[1] if len(grid) > 1 else 1, 1, private.current_stream(device),
+                    grid[0], grid[1] if len(grid) > 1 else 1, 1, driver.active.get_current_stream(device),
                     function, metadata, None, None, None, *addresses, *args[sizes:], *fixed,
                 )  # fmt: skip
                 return
@@ -134,8 +134,9 @@ def start(
         launches[short] = _handles, len(addresses), handle
     _, run, function, metadata, fixed, _ = handle
     run(
-        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, private.current_stream(device),
-        function, metadata, None, None, None, *addresses, *args[len(addresses) :], *fixed,
+        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
+        driver.active.get_current_stream(device), function, metadata, None, None, None,
+        *addresses, *args[len(addresses) :], *fixed,
     )  # fmt: skip
 
 

@@ -31,17 +31,21 @@ class TritonBatchNorm(_BatchNorm):
         resolved = IDENTITY if activation is None else resolve(activation)
         if residual is not None:
             functional.check_residual(input, residual)  # a rejected call is not counted
+        try:  # attributes of modules are slow
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            counter = self._buffers["num_batches_tracked"]
+        except KeyError:  # parametrized, or something else in their place
+            weight, bias, counter = self.weight, self.bias, self.num_batches_tracked
+            mean, var = self.running_mean, self.running_var
         training = self.training
-        mean, var = self.running_mean, self.running_var
         use_batch = training or (mean is None and var is None)
-        counter = None
-        if training:
-            if self.track_running_stats:
-                counter = self.num_batches_tracked
-            else:
-                mean, var = None, None  # buffers that are not tracked must not reach the function: it would update them
+        if not training:
+            counter = None
+        elif not self.track_running_stats:  # the function would update what is not tracked
+            mean = var = counter = None
         return functional.normalize(
-            input, mean, var, self.weight, self.bias, use_batch, self.momentum, self.eps, resolved, residual, counter
+            input, mean, var, weight, bias, use_batch, self.momentum, self.eps, resolved, residual, counter
         )
 
 

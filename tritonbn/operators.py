@@ -13,7 +13,7 @@ from tritonbn import autograd, dispatch, launch, planning, private
 from tritonbn.activations import IDENTITY, Activation
 from tritonbn.launch import Saved
 
-LIBRARY: Any = torch.library.Library("tritonbn", "DEF")
+LIBRARY: Any = torch.library.Library("tritonbn", "DEF")  # type: ignore[no-untyped-call]
 _ACTIVATION = "str activation, float a, float b"
 LIBRARY.define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "

@@ -87,7 +87,7 @@ def guards(given: Sequence[Tensor]) -> Any:
 
 def forward_derivatives() -> bool:
     """Whether a level of forward-mode differentiation is entered."""
-    return bool(getattr(_forward_ad, "_current_level", 0) >= 0)
+    return getattr(_forward_ad, "_current_level", 0) >= 0
 
 
 def is_exporting() -> bool:
@@ -170,11 +170,6 @@ def is_launch_plain() -> bool:
 def is_launchable(compiled: Any) -> bool:
     """Whether Triton's launch returned a compiled kernel of the make that we launch."""
     return isinstance(compiled, CompiledKernel) and isinstance(compiled.function, int)
-
-
-def current_stream(device: int) -> int:
-    """The stream of Triton's driver; -1: of the CPU, in a driver that only pretends."""
-    return driver.active.get_current_stream(device)  # type: ignore[no-any-return]
 
 
 _told: set[str] = set()

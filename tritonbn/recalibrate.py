@@ -150,6 +150,7 @@ class _Watch(TorchFunctionMode):
         arguments = ("input", "running_mean", "running_var", "weight", "bias", "training")
         self.arguments: dict[Any, tuple[str, ...]] = {
             functional.batch_norm: arguments,
+            functional.normalize: arguments,
             torch.nn.functional.batch_norm: arguments,
             torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
             # What SyncBatchNorm calls between several processes, in training only.
