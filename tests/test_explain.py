@@ -147,6 +147,26 @@ def test_a_model_tells_of_each_layer() -> None:
     assert explain(norm, input=x).splitlines() == ["BatchNorm2d:", *(f"  {line}" for line in explain(x).splitlines())]
 
 
+def test_layers_that_torch_computes_say_why() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(tritonbn.BatchNorm2d(8), tritonbn.BatchNorm2d(8), tritonbn.BatchNorm2d(8))
+        x = torch.empty(4, 8, 2, 2)
+    model[1].half()
+    model[2].num_batches_tracked = torch.zeros((), device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tritonbn.BatchNorm2d, "forward", lambda self, x: x)  # torch refuses half parameters
+        told = [line.strip() for line in explain(model, x).splitlines()]
+    assert told[0] == "0:"
+    assert told[1].startswith("forward planes [4, 8, 4]")
+    assert told[3:] == [
+        "1:",
+        "[4, 8, 2, 2]: torch computes it, weights and statistics are not all [C] on the device of the input, of its "
+        "dtype (or float32 for 16 bits)",
+        "2:",
+        "[4, 8, 2, 2]: torch computes it, num_batches_tracked is no int64 on the device of the input",
+    ]
+
+
 def test_a_model_on_the_cpu_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     model = nn.Sequential(tritonbn.BatchNorm1d(4), nn.ReLU(), tritonbn.BatchNorm1d(4))

@@ -106,7 +106,7 @@ def forget() -> None:
 def _look(tensors: Tensors, training: bool) -> Call:
     """The record of the tensors."""
     x, _, _, weight, bias, residual, _ = tensors
-    if reason := _not_plain([t for t in tensors if t is not None]) or misfit(tensors, training):
+    if reason := why_torch(tensors, training):
         return torchs(reason)
     memory_format = memory_format_of(x)
     return Call(
@@ -119,6 +119,11 @@ def _look(tensors: Tensors, training: bool) -> Call:
         {},
         {},
     )
+
+
+def why_torch(tensors: Tensors, training: bool) -> str:
+    """Why torch computes a call of these tensors, wherever they are; empty: the kernels do."""
+    return _not_plain([t for t in tensors if t is not None]) or misfit(tensors, training)
 
 
 def _not_plain(given: list[Any]) -> str:

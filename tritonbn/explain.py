@@ -24,7 +24,8 @@ def explain(x_or_module: Tensor | nn.Module, *inputs: Any, **options: Any) -> st
 
     Returns:
         Lines of text. Bytes are those of full tensors for batch norm alone; times are predictions of a model. Where
-        torch computes instead of our kernels, as on the CPU, the first line says so.
+        torch computes instead of our kernels, as on the CPU, the first line says so, and the line of a layer says why:
+        its parameters are of another dtype, for instance.
 
     Raises ValueError for a tensor that batch norm does not take, and a module that calls none of ours.
     """
@@ -55,6 +56,8 @@ def _remarks(layers: list[Layer]) -> list[str]:
 def _plans(layer: Layer) -> list[str]:
     """Of forward and backward."""
     layer.check()
+    if layer.why:
+        return [f"{list(layer.shape)}: torch computes it, {layer.why}"]
     N, C = layer.shape[:2]
     if not fits(N, C, prod(layer.shape[2:])):
         return [f"{list(layer.shape)}: torch computes it, 32-bit indices do not reach all of it"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tritonbn import functional
+from tritonbn import dispatch
 from tritonbn.modules import TritonBatchNorm
 from tritonbn.planning import memory_format_of
 
@@ -20,6 +20,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     memory_format: torch.memory_format
     device: torch.device | None = None
+    why: str = ""  # torch computes it, and not the kernels
 
     def empty(self, device: torch.device | str) -> Tensor:
         """A tensor like that."""
@@ -27,8 +28,8 @@ class Layer(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for what our kernels have no plan for."""
-        if len(self.shape) < 2 or min(self.shape) < 1 or self.dtype not in functional.DTYPES:
-            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in functional.DTYPES)
+        if len(self.shape) < 2 or min(self.shape) < 1 or self.dtype not in dispatch.DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in dispatch.DTYPES)
             raise ValueError(f"expected [N, C, ...], not empty, of {kinds}; got {list(self.shape)} of {self.dtype}")
 
 
@@ -46,9 +47,14 @@ def layers_of(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, A
     for name, module in model.named_modules():
         if isinstance(module, TritonBatchNorm):
 
-            def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
+            def note(norm: Any, given: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
                 x = given[0] if given else named.get("input")
-                if isinstance(x, Tensor) and (layer := layer_of(x)) not in found.setdefault(name, []):
+                if not isinstance(x, Tensor):
+                    return
+                statistics = norm.running_mean, norm.running_var
+                tensors = x, *statistics, norm.weight, norm.bias, None, norm.num_batches_tracked
+                layer = layer_of(x)._replace(why=dispatch.why_torch(tensors, statistics == (None, None)))
+                if layer not in found.setdefault(name, []):
                     found[name].append(layer)
 
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))

@@ -131,6 +131,8 @@ def problems(layers: Iterable[Layer], device: Device, again: bool) -> dict[Probl
     """What there is to tune, the heaviest first; near sizes are tuned once."""
     found: dict[str, tuple[Problem, Layer]] = {}
     for layer in layers:
+        if layer.why:
+            continue
         layer.check()
         x = layer.empty("meta")
         for operation in OPERATIONS:
