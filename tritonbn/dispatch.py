@@ -20,7 +20,7 @@ from tritonbn.tables import epoch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Sorts of calls that are kept, and records of each; the oldest are forgotten, of shapes that never repeat.
 LIMIT = 2048
-EACH = 8
+EACH = 16
 
 # Reasons of calls that are no loss.
 REFUSED = "torch refuses it"
