@@ -105,8 +105,13 @@ def test_saved_tensors_that_hooks_laid_out_anew(
 def test_saved_tensors_that_hooks_replaced(change: Callable[[Tensor], Tensor], got: str, device: torch.device) -> None:
     x = random(12, 5).to(device).requires_grad_()
     for index in range(4):  # x, weight, mean, rstd
-        count = iter(range(10))
-        with saved_tensors_hooks(lambda t: t, lambda t, i=index, c=count: change(t) if next(c) == i else t):
+        unpacked: list[Tensor] = []
+
+        def unpack(t: Tensor, index: int = index, unpacked: list[Tensor] = unpacked) -> Tensor:
+            unpacked.append(t)
+            return change(t) if len(unpacked) == index + 1 else t
+
+        with saved_tensors_hooks(lambda t: t, unpack):
             y = batch_norm(x, None, None, torch.ones(5, device=device, dtype=torch.float64), training=True)
             with pytest.raises(
                 RuntimeError, match=f"what a hook of saved tensors returned for .* expected .*, got .*{got}"
@@ -223,7 +228,7 @@ def test_the_average_over_all_batches(
     """momentum=None: running statistics and counter of torch's module, in float64; also from a large count on."""
     kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     for begin in (0, 7, (1 << 24) + 1):
-        theirs = kind(shape[1], momentum=None, dtype=torch.float64)
+        theirs: Any = kind(shape[1], momentum=None, dtype=torch.float64)
         theirs.num_batches_tracked.fill_(begin)
         parameters = torch.float64 if dtype == torch.float64 else torch.float32
         ours: Any = tritonbn.convert(kind(shape[1], momentum=None, dtype=parameters, device=device))
@@ -272,18 +277,15 @@ def test_counters_of_other_dtypes_are_torchs(counter: Tensor, device: torch.devi
 
 def test_compiled_modules_average_over_all_batches(device: torch.device) -> None:
     """In one graph: nothing is read by the host. Two forwards come before one backward."""
-    ours, theirs = (
-        tritonbn.BatchNorm1d(3, momentum=None).to(device),
-        nn.BatchNorm1d(3, momentum=None).to(device).double(),
-    )
+    ours: Any = tritonbn.BatchNorm1d(3, momentum=None).to(device)
+    theirs: Any = nn.BatchNorm1d(3, momentum=None).to(device).double()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     xs = [random(6, 3, seed=seed).float().to(device).requires_grad_() for seed in range(2)]
     with recorded() as kernels:
-        total = sum(compiled(x).sin().sum() for x in xs)
-        total.backward()  # type: ignore[union-attr]
+        torch.stack([compiled(x).sin().sum() for x in xs]).sum().backward()  # type: ignore[no-untyped-call]
     assert len(kernels) == 4
     exact = [x.detach().double().requires_grad_() for x in xs]
-    sum(theirs(x).sin().sum() for x in exact).backward()  # type: ignore[union-attr]
+    torch.stack([theirs(x).sin().sum() for x in exact]).sum().backward()  # type: ignore[no-untyped-call]
     for mine, true in zip(xs, exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), true.grad, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
     assert ours.num_batches_tracked.item() == 2

@@ -20,7 +20,8 @@ NAMES = [
     "torch:_C._are_functorch_transforms_active", "torch:_C._dynamo.guards.TensorGuards",
     "torch.autograd.forward_ad:_current_level", "torch:_C._AutoDispatchBelowAutograd", "torch.jit:is_tracing",
     "torch:_prims_common.suggest_memory_format", "torch.autograd.grad_mode:_unsafe_preserve_version_counter",
-    "torch.compiler:_is_exporting_flag", "triton:knobs.runtime",
+    "torch.compiler:_is_exporting_flag", "triton:knobs.runtime", "torch.nn.modules.module:_has_any_global_hook",
+    "torch:_C._current_graph_task_id", "torch.utils._pytree:tree_leaves",
 ]  # fmt: skip
 
 
@@ -142,6 +143,36 @@ def test_apply_is_that_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     for apply in (private.apply_of(Double), Double.apply):
         (dx,) = torch.autograd.grad(apply(x).sum(), x)
         assert dx.tolist() == [2.0] * 3
+
+
+def test_hooks_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[Callable[[nn.Module], Any]] = [
+        lambda m: m.register_forward_hook(print), lambda m: m.register_forward_pre_hook(print),
+        lambda m: m.register_full_backward_hook(print), lambda m: m.register_full_backward_pre_hook(print),
+        lambda m: nn.modules.module.register_module_forward_hook(print),
+    ]  # fmt: skip
+    module = nn.ReLU()
+    assert not private.has_hooks(module)
+    for register in registered:
+        handle = register(module)
+        assert private.has_hooks(module)
+        handle.remove()
+    assert not private.has_hooks(module)
+    del module.__dict__["_forward_hooks"]
+    assert private.has_hooks(module), "unknown: nothing is fused"
+    monkeypatch.setattr(private, "_global_hooks", lambda: True)
+    assert private.has_hooks(nn.ReLU())
+
+
+def test_backward_and_leaves(device: torch.device) -> None:
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(lambda g: seen.append(private.is_backward()))  # type: ignore[no-untyped-call]
+    (2 * x).sum().backward()  # type: ignore[no-untyped-call]
+    assert (seen, private.is_backward()) == ([True], False)
+    tree = {"a": [1, (2, 3)], "b": {"c": 4}, "d": None}
+    assert private._leaves(tree) == [1, 2, 3, 4, None]
+    assert private.tree_leaves({"a": [1, (2, 3)], "b": {"c": 4}}) == [1, 2, 3, 4]
 
 
 def test_no_graph_is_captured_here(monkeypatch: pytest.MonkeyPatch) -> None:

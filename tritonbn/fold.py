@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
+from tritonbn import private
 from tritonbn.activations import IDENTITY, Activation, resolve
 from tritonbn.modules import leaf_node
 from tritonbn.types import (
@@ -231,5 +231,5 @@ def _outputs(model: nn.Module, modules: dict[str, nn.Module], example: tuple[Any
         for hook in hooks:
             hook.remove()
     found.pop("", None)
-    found[""] = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found[""] = [leaf for leaf in private.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return found

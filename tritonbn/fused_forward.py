@@ -6,12 +6,10 @@ from functools import wraps
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from tritonbn import step
-from tritonbn.private import is_exporting
+from tritonbn import private, step
 from tritonbn.rewrite import Opened, opened
 from tritonbn.source import SourceError
 from tritonbn.types import original, reclass, unsharded
@@ -145,13 +143,13 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
             if len(variants) >= MAX_VARIANTS:
                 variants.pop(next(iter(variants)))
             made = variants[function] = _function(kind)
-        return plainly if made is None or torch._C._get_tracing_state() is not None else made
+        return plainly if made is None or private.is_tracing() else made
 
     def late(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward; what is returned, and a first argument that is the only one, may be late."""
         if is_compiling():
             made = variants.get(kind.forward)
-            return (plainly if made is None or is_exporting() else made)(self, *args, **kwargs)
+            return (plainly if made is None or private.is_exporting() else made)(self, *args, **kwargs)
         try:
             return current()(self, *args, **kwargs)
         except BaseException as error:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tritonbn import tables
+from tritonbn import private, tables
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device, described
 from tritonbn.plan import make_plan
@@ -18,7 +18,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last is not None and x.is_contiguous(memory_format=last):
         return last
-    return torch._prims_common.suggest_memory_format(x)
+    return private.memory_format(x)
 
 
 def plan_for(operation: Operation, x: Tensor, costly: bool = False, device: torch.device | None = None) -> Plan:

@@ -1,4 +1,4 @@
-"""Every name of torch and Triton that the call path uses and that neither promises to keep, each with a way without it.
+"""Every name of torch and Triton that the library uses and that neither promises to keep, each with a way without it.
 
 A name that is gone in another version is told of once, when the library is imported, with what is slower then. Where
 only torch's own batch norm is sure to be right without it, torch computes. `tests/test_private.py` has a test of each.
@@ -64,6 +64,8 @@ _raw_stream: Any = torch.version.cuda and find(
     "torch:_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream,
     "a microsecond per call",
 )  # fmt: skip
+_global_hooks = find("torch.nn.modules.module:_has_any_global_hook", _yes, "nothing is fused in models")
+_task = find("torch:_C._current_graph_task_id", lambda: -1, "recalibrate counts what checkpoints compute again")
 _exporting = find("torch.compiler:_is_exporting_flag", None, "exported programs may need tritonbn installed")
 _knobs = find("triton:knobs.runtime", None, "kernels are launched by Triton, some 8 us slower each")
 
@@ -104,6 +106,33 @@ def memory_format(x: Tensor) -> torch.memory_format:
     y = torch.nn.functional.batch_norm(shape, None, None, training=True)
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return last if last is not None and y.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own or of all modules, or its compiled form; True if unknown."""
+    held = module.__dict__
+    return bool(
+        held.get("_forward_hooks", True)
+        or held.get("_forward_pre_hooks", True)
+        or held.get("_backward_hooks", True)
+        or held.get("_backward_pre_hooks", True)
+        or held.get("_compiled_call_impl") is not None
+        or _global_hooks()
+    )
+
+
+def is_backward() -> bool:
+    """Whether this thread is within a backward pass."""
+    return _task() != -1  # type: ignore[no-any-return]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [leaf for part in tree for leaf in _leaves(part)] if isinstance(tree, list | tuple) else [tree]
+
+
+tree_leaves = find("torch.utils._pytree:tree_leaves", _leaves, "containers of registered types are not looked into")
 
 
 def copy_without_version(to: Tensor, source: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from tritonbn import functional
+from tritonbn import functional, private
 from tritonbn.layers import eager, evaluation
 from tritonbn.types import check_module
 
@@ -164,7 +164,7 @@ class _Watch(TorchFunctionMode):
             return result
         given = dict(zip(self.arguments[func], args, strict=False)) | (kwargs or {})
         norm: Any = self.norms.get(id(given.get("running_mean")))
-        if norm is None or torch._C._current_graph_task_id() != -1:  # a backward (torch 2.8's) runs a checkpoint again
+        if norm is None or private.is_backward():  # a backward (torch 2.8's) runs a checkpoint again
             return result
         population = self.populations[norm]
         population.measured = True

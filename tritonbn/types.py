@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
+from tritonbn import private
 from tritonbn.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -32,17 +32,7 @@ _CALL = nn.Module.__call__
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call of the module is a call of its class's forward and nothing else: no hook, no other forward."""
-    held = module.__dict__
-    return not (
-        held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-        or "forward" in held
-        or held.get("_compiled_call_impl") is not None
-        or type(module).__call__ is not _CALL
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return not ("forward" in module.__dict__ or type(module).__call__ is not _CALL or private.has_hooks(module))
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
+from tritonbn import private
 from tritonbn.activations import Activation
 from tritonbn.fused_forward import opened_forward, opened_or_why
 from tritonbn.interpreter import OTHER, Frame, Known, Values
@@ -126,7 +126,7 @@ class Ways(Walk):
         elif name in ("_modules", "__dict__"):
             self.escape(module, f"the .{name} of its container is read")
         values = [value.value for value in found if isinstance(value, Known)]
-        kept = any(isinstance(leaf, (nn.Module, FunctionType, MethodType)) for leaf in tree_leaves(values))
+        kept = any(isinstance(leaf, (nn.Module, FunctionType, MethodType)) for leaf in private.tree_leaves(values))
         return found if kept or name in module._modules else (OTHER,)
 
     def called(self, function: Any, values: Values, why: str) -> Values:
@@ -155,7 +155,7 @@ class Ways(Walk):
 
     def finished(self, values: Values, why: str) -> Values:
         """A module, or a list of some, may be given to what is not followed, too."""
-        for leaf in tree_leaves([value.value for value in values if isinstance(value, Known)]):
+        for leaf in private.tree_leaves([value.value for value in values if isinstance(value, Known)]):
             leaf = leaf.__self__ if isinstance(leaf, MethodType) else leaf
             if isinstance(leaf, nn.Module):
                 self.escape(leaf, "its container, or the layer before it, is given to a function that is not followed")
