@@ -110,7 +110,7 @@ def input_gradients_again(
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def gradient_sums_kernel(
     dy_ptr, x_ptr, residual_ptr, bits_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, sums_ptr, workspace_ptr, ticket_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, s1_ptr, s2_ptr, workspace_ptr, ticket_ptr,
     R, C, width, tiles,
     T: tl.constexpr, ACT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
@@ -119,8 +119,8 @@ def gradient_sums_kernel(
 
     Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x, residual, dx,
     dresidual: [R, L] any float; residual (or bits) where z needs it; dx = weight * rstd * dz, for given statistics, and
-    dresidual = dz are stored if wanted.  mean, rstd: [C], sums: [2, C], workspace: [P, 2, C] fp32 (fp64).  weight,
-    bias, dweight, dbias: [C] any float or None.  ticket: [groups] int32, zero before and after.  Reads dy and x (and
+    dresidual = dz are stored if wanted.  mean, rstd: [C], workspace: [P, 2, C] fp32 (fp64).  weight, bias, dweight,
+    dbias: [C] any float or None.  s1 = dbias and s2 = dweight: [C] fp32 (fp64), or None where those are wanted so.  ticket: [groups] int32, zero before and after.  Reads dy and x (and
     residual or bits) once, writes dx and dresidual once.
     """
     group = tl.program_id(0)
@@ -138,37 +138,34 @@ def gradient_sums_kernel(
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         s1, s2 = merge_sums(workspace_ptr, c, live, C, T, BLOCK_P)
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
-        if sums_ptr is not None:
-            tl.store(sums_ptr + c, s1, mask=live)
-            tl.store(sums_ptr + C + c, s2, mask=live)
+        store_parameter_gradients(s2_ptr, s1_ptr, s1, s2, rstd, c, live)
         tl.store(ticket, 0)  # ready for the next launch or graph replay
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["R", "C", "width", "tiles"])
 def input_gradient_kernel(
-    dy_ptr, x_ptr, residual_ptr, bits_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr,
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, s1_ptr, s2_ptr,
     dx_ptr, dresidual_ptr,
     R, C, width, tiles,
     T: tl.constexpr, ACT: tl.constexpr,
 ):
     # fmt: on
-    """dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M); the last tiles come first.
+    """dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd * s2 / M), s1 = dbias, s2 = dweight; last tiles first.
 
     Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (None
     where nothing needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a
-    bit per element or None.  mean, rstd: [C], sums (s1, s2): [2, C] fp32 (fp64).  weight, bias: [C] any float or None.
-    Without sums (given statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once,
+    bit per element or None.  mean, rstd, s1, s2: [C] fp32 (fp64).  weight, bias: [C] any float or None.  Without sums (given statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once,
     writes dx and dresidual once.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
     mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
-    if sums_ptr is not None:
+    if s1_ptr is not None:
         M = filled(total, R, width, T).to(rstd.dtype)
-        dz_mean = spread(ratio(load_channels(sums_ptr, c, live), M), T)
-        slope = spread(ratio(load_channels(sums_ptr + C, c, live), M) * rstd * rstd, T)
+        dz_mean = spread(ratio(load_channels(s1_ptr, c, live), M), T)
+        slope = spread(ratio(load_channels(s2_ptr, c, live), M) * rstd, T)
     mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * tiles
     t1 = tl.minimum(t0 + tiles, total)
@@ -178,7 +175,7 @@ def input_gradient_kernel(
             dy_ptr, x_ptr, residual_ptr, bits_ptr, group, t, mean, scale, shift, R, C, width,
             T, ACT, True,
         )  # fmt: skip
-        if sums_ptr is not None:
+        if s1_ptr is not None:
             store_gradients(dx_ptr, None, dz - dz_mean - d * slope, scale, group, t, R, C, width, T)
         else:
             store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
@@ -212,5 +209,5 @@ def backward_kernel(
     M = filled(total, R, width, T).to(rstd.dtype)
     input_gradients_again(
         dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, 0, total,
-        mean, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width, T, ACT, True,
+        mean, scale, shift, ratio(s1, M), ratio(s2 * rstd, M) * rstd, R, C, width, T, ACT, True,
     )  # fmt: skip

@@ -108,6 +108,6 @@ def cooperative_backward_kernel(
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live & (tl.program_id(1) == 0))
         input_gradients_again(
             dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,
-            mean, scale, shift, ratio(s1, M), ratio(s2, M) * rstd * rstd, R, C, width,
+            mean, scale, shift, ratio(s1, M), ratio(s2 * rstd, M) * rstd, R, C, width,
             T, ACT, T.ONCE,
         )  # fmt: skip

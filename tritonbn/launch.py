@@ -173,24 +173,29 @@ def backward(
             launches=launches, which=which, ACT=activation,
         )  # fmt: skip
         return gradients
-    sums = torch.empty((2, x.shape[1]), dtype=rstd.dtype, device=x.device) if both_passes else None
-    if not (dweight is None and dbias is None and sums is None):
+    # The second launch reads what the first one sums up: the gradients of bias and weight, or their likes.
+    s1, s2, own1, own2 = dbias, dweight, None, None
+    if both_passes and (s1 is None or s1.dtype is not rstd.dtype):
+        s1 = own1 = torch.empty_like(rstd)
+    if both_passes and (s2 is None or s2.dtype is not rstd.dtype):
+        s2 = own2 = torch.empty_like(rstd)
+    if both_passes or s1 is not None or s2 is not None:
         _launch(
             gradient_sums_kernel, (plan.groups, plan.splits), plan,
-            dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, sums,
+            dy, x, residual, bits, *vectors, None if training else dx, dresidual, dweight, dbias, own1, own2,
             *_scratch(x, plan, 2, "tickets"), *plan.sizes, plan.reduce_tiles,
             launches=launches, which=which, ACT=activation, BLOCK_P=plan.merge_block,
         )  # fmt: skip
-        if sums is None:
+        if not both_passes:
             return gradients
         if dresidual is not None:  # it is dz: nothing but it and x is read again
             dy, residual, bits, dresidual, activation = dresidual, None, None, None, IDENTITY
     elif dx is None and dresidual is None:
         return gradients
-    needs_x = sums is not None or (bits is None and activation != IDENTITY)
+    needs_x = both_passes or (bits is None and activation != IDENTITY)
     _launch(
         input_gradient_kernel, (plan.groups, plan.apply_splits), plan,
-        dy, x if needs_x else None, residual, bits, *vectors, sums, dx, dresidual, *plan.sizes, plan.apply_tiles,
+        dy, x if needs_x else None, residual, bits, *vectors, s1, s2, dx, dresidual, *plan.sizes, plan.apply_tiles,
         launches=launches, which=which, ACT=activation,
     )  # fmt: skip
     return gradients
