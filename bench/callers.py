@@ -70,7 +70,7 @@ def forget_handles() -> None:
 
 def forget_shapes() -> None:
     """Have every shape be a new one; compiled kernels stay."""
-    dispatch.forget()
+    dispatch.forget_calls()
     for module in (choice, geometry, model, plan, planning, traffic):
         for value in list(vars(module).values()):
             if hasattr(value, "cache_clear"):

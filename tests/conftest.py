@@ -44,7 +44,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
     """No test depends on what others were told about their tensors."""
-    dispatch.forget()
+    dispatch.forget_calls()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 import tritonbn
 from tests.launches import recorded
 from tests.parity import random
-from tritonbn import dispatch, launch, private, reference
+from tritonbn import dispatch, handles, launch, planning, private, reference, tickets
 from tritonbn.activations import resolve
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
@@ -163,6 +163,17 @@ def test_a_shape_has_so_many_records(device: torch.device) -> None:
         batch_norm(torch.randn(4, 3 * (step + 1), device=device)[:, :: step + 1], None, None, training=True)
     batch_norm(x, None, None, training=True)
     assert [len(entries) for entries in dispatch._calls.values()] == [dispatch.EACH]
+
+
+def test_all_is_forgotten_by_one_function(device: torch.device) -> None:
+    with forced("split", splits=2):
+        batch_norm(torch.randn(8, 3, device=device), None, None, training=True)
+    planning.refuse_together(device)
+    assert all((dispatch._calls, tickets._pool, tickets._partials))
+    assert not planning.holds_together(device)
+    dispatch.forget()
+    assert not any((dispatch._calls, handles._handles, launch._too_many, tickets._pool, tickets._partials))
+    assert planning.holds_together(device)
 
 
 def test_no_tensor_gets_torchs_error_after_a_call_that_is_known(device: torch.device) -> None:

@@ -77,7 +77,7 @@ def test_without_it_the_same_is_computed(
     name: str, value: Any, ours: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = gradients(device)
-    dispatch.forget()
+    dispatch.forget_calls()
     monkeypatch.setattr(private, name, value)
     with recorded() as kernels:
         found = gradients(device)

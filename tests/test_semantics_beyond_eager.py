@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.functional import batch_norm as torch_batch_norm
@@ -293,6 +294,19 @@ def test_statistics_keep_their_version_under_a_dispatch_mode(device: torch.devic
     with FlopCounterMode(display=False):
         batch_norm(x, mean, var, training=True)
     first.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_compiled_code_hands_operators_the_statistics_themselves(device: torch.device) -> None:
+    """Inductor's: nothing is copied there and back."""
+    module = tritonbn.BatchNorm2d(4, momentum=None).to(device)
+    x = torch.randn(3, 4, 3, 3, device=device, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True)
+    _, (forward, *_) = run_and_get_code(lambda: compiled(x).sum().backward())
+    body = forward[forward.index("def call(") : forward.index("return (")]
+    assert body.count("torch.ops.tritonbn.batch_norm.default(") == 1
+    assert not [word for word in ("clone", "copy_", "empty_strided", "cpp_fused", "triton_") if word in body]
+    assert module.num_batches_tracked is not None
+    assert module.num_batches_tracked.item() == 1
 
 
 def test_operators_have_the_memory_of_eager_calls(device: torch.device) -> None:

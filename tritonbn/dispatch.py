@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonbn import handles, private
+from tritonbn import handles, launch, planning, private, tickets
 from tritonbn.plan import Operation, Plan, fits
 from tritonbn.planning import alone, memory_format_of, plan_for
 from tritonbn.tables import epoch
@@ -98,9 +98,16 @@ def recognize(tensors: Tensors, training: bool) -> Call:
     return call
 
 
-def forget() -> None:
-    """Look at everything again."""
+def forget_calls() -> None:
+    """Look at all tensors again."""
     _calls.clear()
+
+
+def forget() -> None:
+    """Forget all that calls left: records, compiled kernels, scratch memory that no graph has, what a GPU refused."""
+    forget_calls()
+    for part in (handles, launch, planning, tickets):
+        part.forget()
 
 
 def _look(tensors: Tensors, training: bool) -> Call:

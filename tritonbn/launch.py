@@ -31,6 +31,11 @@ _too_many: dict[tuple[int, Plan], bool] = {}
 LIMIT = 1024
 
 
+def forget() -> None:
+    """Try plans again that did not fit."""
+    _too_many.clear()
+
+
 class Saved(NamedTuple):
     """What the backward needs beside dy."""
 

@@ -59,6 +59,13 @@ def refuse_together(device: torch.device) -> None:
     tables.changed()
 
 
+def forget() -> None:
+    """Ask devices again what they are, and let them hold programs that wait for each other."""
+    _refusing.clear()
+    _described.cache_clear()
+    tables.changed()
+
+
 def alone() -> bool:
     """Whether this process communicates with no other."""
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
