@@ -117,11 +117,11 @@ def gradient_sums_kernel(
     # fmt: on
     """dbias = sum(dz), dweight = rstd * sum(dz * (x - mean)); the last program of a group merges.
 
-    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x, residual, dx,
-    dresidual: [R, L] any float; residual (or bits) where z needs it; dx = weight * rstd * dz, for given statistics, and
-    dresidual = dz are stored if wanted.  mean, rstd: [C], workspace: [P, 2, C] fp32 (fp64).  weight, bias, dweight,
-    dbias: [C] any float or None.  s1 = dbias and s2 = dweight: [C] fp32 (fp64), or None where those are wanted so.  ticket: [groups] int32, zero before and after.  Reads dy and x (and
-    residual or bits) once, writes dx and dresidual once.
+    Program (i, j) owns channel group i, tiles [j * tiles, (j + 1) * tiles).  dy, x, residual, dx, dresidual: [R, L] any
+    float; residual (or bits) where z needs it; dx = weight * rstd * dz, for given statistics, and dresidual = dz are
+    stored if wanted.  mean, rstd: [C], workspace: [P, 2, C] fp32 (fp64).  weight, bias, dweight, dbias: [C] any float
+    or None.  s1 = dbias, s2 = dweight: [C] fp32 (fp64), None where those hold them.  ticket: [groups] int32, zero
+    before and after.  Reads dy and x (and residual or bits) once, writes dx and dresidual once.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
@@ -153,10 +153,11 @@ def input_gradient_kernel(
     # fmt: on
     """dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd * s2 / M), s1 = dbias, s2 = dweight; last tiles first.
 
-    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (None
-    where nothing needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a
-    bit per element or None.  mean, rstd, s1, s2: [C] fp32 (fp64).  weight, bias: [C] any float or None.  Without sums (given statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once,
-    writes dx and dresidual once.
+    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (None where nothing
+    needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a bit per element or
+    None.  mean, rstd, s1, s2: [C] fp32 (fp64).  weight, bias: [C] any float or None.  Without s1 and s2 (given
+    statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once, writes dx and
+    dresidual once.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
@@ -192,10 +193,10 @@ def backward_kernel(
     # fmt: on
     """The sums, then dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd^2 * s2 / M), in one launch.
 
-    Program i owns channel group i, all of it.  dy, x, residual (or None), dx, dresidual (or None):
-    [R, L] any float.  bits: a bit per element or None.  mean, rstd: [C] fp32 (fp64).  weight, bias, dweight, dbias: [C]
-    any float or None.  Reads dy and x (and residual or bits) twice, but their first tiles once (once in all where one
-    tile is enough), writes dx once; dresidual is written first and read in place of dy, residual and bits.
+    Program i owns channel group i, all of it.  dy, x, residual (or None), dx, dresidual (or None): [R, L] any float.
+    bits: a bit per element or None.  mean, rstd: [C] fp32 (fp64).  weight, bias, dweight, dbias: [C] any float or None.
+    Reads dy and x (and residual or bits) twice, but their first tiles once (once in all where one tile is enough),
+    writes dx once; dresidual is written first and read in place of dy, residual and bits.
     """
     group = tl.program_id(0)
     c, live = channels(group, C, width, T)
