@@ -153,8 +153,8 @@ def input_gradient_kernel(
     # fmt: on
     """dx = weight * rstd * (dz - s1 / M - (x - mean) * rstd * s2 / M), s1 = dbias, s2 = dweight; last tiles first.
 
-    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (None where nothing
-    needs it), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a bit per element or
+    Program (i, j) owns channel group i, tiles [j' * tiles, (j' + 1) * tiles), j' = P - 1 - j.  dy, x (None where not
+    needed), residual (likewise), dx, dresidual (None where not wanted): [R, L] any float.  bits: a bit per element or
     None.  mean, rstd, s1, s2: [C] fp32 (fp64).  weight, bias: [C] any float or None.  Without s1 and s2 (given
     statistics) dx = weight * rstd * dz, and dresidual = dz.  Reads dy, x, residual and bits once, writes dx and
     dresidual once.
