@@ -138,7 +138,7 @@ def test_no_plan_beats_the_floor_and_bandwidth_never_hurts(problem: Problem, dev
         assert_sound(plan, device)
         time = seconds(plan, problem, device)
         assert isfinite(time)
-        floor = plan.launches * model.LAUNCH + floor_bytes(plan, Operands()) / device.bandwidth
+        floor = plan.launches * device.constants.launch + floor_bytes(plan, Operands()) / device.bandwidth
         assert time >= floor * (1 - 1e-12)  # the same sum in another order
         assert seconds(plan, problem, faster) <= time * (1 + 1e-12)
     assert seconds(best(problem, device), problem, device) == min(

@@ -92,12 +92,14 @@ class Estimate(NamedTuple):
     bandwidth: float  # of memory, bytes per second
     seconds: float  # that the plan should take
     source: str  # where the plan is from
+    constants: str  # of the model: assumed, or calibrated on this very GPU
 
     def __str__(self) -> str:
         floor = 1e6 * self.floor / self.bandwidth
         return (
             f"moves {self.moved:,} bytes; floor {self.floor:,} bytes = {floor:.1f} us at {self.bandwidth / 1e12:.1f} "
-            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us; plan from {self.source}"
+            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us by {self.constants} constants; "
+            f"plan from {self.source}"
         )
 
 

@@ -68,8 +68,11 @@ def make_plan(
 
     Rows have their channels contiguous (S = 1; N counts all values of a channel), planes their S positions. `costly`
     is a backward that computes exponentials for each element. Measured plans are taken from tables if `tuned`, the rest
-    from a model. Raises ValueError where a forced path cannot run it.
+    from a model, with the constants that were measured on the device if `tuned`. Raises ValueError where a forced path
+    cannot run it.
     """
+    if not tuned and device.measured is not None:
+        device = replace(device, measured=None)
     return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.written())
 
 
@@ -83,7 +86,9 @@ def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, wr
     plan, source = _chosen(problem, device, force, tuned)
     moved, floor = bytes_moved(plan, Operands()), floor_bytes(plan, Operands())
     seconds = model.seconds(plan, problem, device)
-    return replace(plan, estimate=Estimate(device.name, moved, floor, device.bandwidth, seconds, source))
+    constants = "assumed" if device.measured is None else "calibrated"
+    estimate = Estimate(device.name, moved, floor, device.constants.bandwidth, seconds, source, constants)
+    return replace(plan, estimate=estimate)
 
 
 def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tuple[Plan, str]:

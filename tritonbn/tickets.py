@@ -6,7 +6,9 @@ takes the place of what was kept, which work that is still queued may use: it wa
 the caching allocator gives it to later work of the same stream only.
 """
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +56,22 @@ def scratch(
             if x.is_cuda:  # once: graphs may be replayed on streams that do not wait for this one
                 torch.cuda.synchronize(device)
     return results, kept
+
+
+@contextmanager
+def returned(device: torch.device) -> Iterator[None]:
+    """Afterwards nothing is kept, nor reserved, for what ran inside on streams of its own; its graphs are gone then."""
+    pools: tuple[dict[Any, Tensor], ...] = (_pool, _partials)
+    before = [set(pool) for pool in pools]
+    used = _reserve[device][1] if device in _reserve else 0
+    try:
+        yield
+    finally:
+        for pool, keys in zip(pools, before, strict=True):
+            for key in [key for key in pool if key not in keys]:
+                del pool[key]
+        if device in _reserve:
+            _reserve[device] = _reserve[device][0], used
 
 
 def _reserved(device: torch.device, counters: int) -> Tensor | None:
