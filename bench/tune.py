@@ -104,7 +104,7 @@ def rows_of(result: tuning.Tuned, device: Device) -> Iterator[dict[str, Any]]:
     for plan, us in result.times:
         yield {
             "operation": problem.operation, "layout": problem.layout, "shape": list(problem.shape),
-            "itemsize": problem.itemsize, "path": plan.path, "plan": str(replace(plan, estimate=None)), "us": us,
+            "itemsize": problem.itemsize, "path": plan.path, "plan": str(replace(plan, estimator=None)), "us": us,
             "predicted_us": 1e6 * model.seconds(plan, problem, device), "before": plan == result.before,
             "after": plan == result.after,
         }  # fmt: skip

@@ -344,7 +344,7 @@ def test_what_goes_wrong_is_told_once_and_costs_nothing(
 
 def test_figures_that_no_gpu_has_are_not_taken(figures: Figures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "probe", lambda probe: 1e-9)
-    with told(1, "bandwidth must be a number from 1e+09 to 1e+15"):
+    with told(1, "bandwidth must be a number from 1e+06 to 1e+18"):
         first_call()
     assert constants() is None
 

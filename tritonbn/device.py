@@ -22,7 +22,7 @@ class Constants(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for what no GPU does: it may come from a file that anyone has written to."""
         values = [(name, getattr(self, name), *limits) for name, limits in _LIMITS.items()]
-        for name, value, low, high in [*values, *((kind, factor, 0.01, 100.0) for kind, factor in self.factors)]:
+        for name, value, low, high in [*values, *((kind, factor, 1e-4, 1e4) for kind, factor in self.factors)]:
             if type(value) not in (int, float) or not (isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be a number from {low:g} to {high:g}, but got {value!r}")
         if type(self.waiting) is not bool:
@@ -30,7 +30,7 @@ class Constants(NamedTuple):
 
 
 _LIMITS = {
-    "bandwidth": (1e9, 1e15), "launch": (1e-8, 1e-2), "barrier": (1e-8, 1e-2), "l2_speed": (0.1, 100.0),
+    "bandwidth": (1e6, 1e18), "launch": (1e-9, 1.0), "barrier": (1e-9, 1.0), "l2_speed": (1e-4, 1e4),
     "l2_share": (0.0, 1.0),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil
 
-from tritonbn.choice import Choice, Path, Plan, Problem, build
+from tritonbn.choice import Choice, Path, Plan, Problem, build, cut
 from tritonbn.device import Device
 from tritonbn.geometry import (
     BYTES_PER_THREAD,
@@ -26,8 +26,8 @@ L2_LATENCY = 300e-9
 SM_REACH = 1.5
 # Most kernels take 128 registers at most (`python -m bench codegen`): that many warps per SM.
 WARPS_PER_SM = 16
-# A wave of split reductions should be full.
-FULL_WAVE = 0.95
+# So many percent of a wave of split reductions should have work.
+FULL_WAVE = 95
 # A cooperative grid starts when all of the GPU is free for it, and its measured factor is that of one shape: it must
 # promise more than the prediction may be wrong by.
 DOUBT = 1.1
@@ -78,8 +78,8 @@ def first_round(problem: Problem, device: Device) -> list[Plan]:
 
 
 def _choices(problem: Problem, device: Device, splits: int | None, waiting: bool) -> Iterator[Choice]:
-    streamed = _streamed(problem, device)
-    yield streamed._replace(path="split", splits=splits or _splits(problem, streamed, device))
+    streamed, groups, tiles = _streamed(problem, device)
+    yield streamed._replace(splits=splits or _splits(groups, tiles, device))
     if problem.operation == "inference":
         return
     yield streamed._replace(path="single")
@@ -89,17 +89,20 @@ def _choices(problem: Problem, device: Device, splits: int | None, waiting: bool
         yield from _cooperative(problem, device, splits)
 
 
-def _streamed(problem: Problem, device: Device, narrow: bool = False) -> Choice:
-    """Tiles of two 128-bit loads a thread; half where accesses are narrow or derivatives take exponentials."""
+def _streamed(problem: Problem, device: Device, narrow: bool = False) -> tuple[Choice, int, int]:
+    """Tiles of two 128-bit loads a thread; half where accesses are narrow or derivatives take exponentials.
+
+    With the number of channel groups, and of tiles of each.
+    """
     tile, rows = problem.geometry[0], problem.rows
     wide = tile.V * problem.itemsize >= 8 and not problem.costly and not narrow
     per_thread = BYTES_PER_THREAD if wide else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * problem.itemsize
     block_r = max(1, min(power_of_two(rows), 32 * WARPS * per_thread // row_bytes))
     num_warps = max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
-    choice = Choice("split", block_r, tile.BLOCK_L, num_warps)
-    plan = build(problem, choice)
-    return choice._replace(apply_tiles=max(1, min(APPLY_TILES, plan.tiles * plan.groups // (4 * device.sms))))
+    _, groups, tiles = cut(problem, block_r, tile.BLOCK_L)
+    apply_tiles = max(1, min(APPLY_TILES, tiles * groups // (4 * device.sms)))
+    return Choice("split", block_r, tile.BLOCK_L, num_warps, 1, apply_tiles), groups, tiles
 
 
 def _resident(problem: Problem) -> Choice | None:
@@ -120,32 +123,34 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
     """All of the tensor in registers at a time; or as many channel groups as L2 holds."""
     # Tiles of several channels have more values per channel to keep: the backward's would spill, and those of fp64.
     narrow = problem.itemsize == 8 or (problem.operation == "backward" and problem.geometry[0].GROUP > 1)
-    choice = _streamed(problem, device, narrow)
-    plan = build(problem, choice)
+    choice, groups, tiles = _streamed(problem, device, narrow)
     most = 32 * WARPS * NARROW_BYTES_PER_THREAD
     if problem.geometry[0].SPAN > 1 and choice.block_l * problem.itemsize > most:  # one row is too much (17x17 planes)
         return
     programs = programs_at_once(choice.num_warps, device)
-    if plan.tiles > 1 and plan.groups * plan.tiles <= programs:
-        yield choice._replace(path="cooperative", splits=plan.tiles)
-    held = int(device.constants.l2_share * device.l2_bytes) // max(1, problem.operands * problem.data // plan.groups)
-    for slots in {1 << bit for bit in range(9)} | {plan.groups}:
-        share = splits or min(programs // slots, plan.tiles)
-        if slots <= min(held, plan.groups) and slots * share <= programs and (share > 1 or splits):
+    if tiles > 1 and groups * tiles <= programs:
+        yield choice._replace(path="cooperative", splits=tiles)
+    held = int(device.constants.l2_share * device.l2_bytes) // max(1, problem.operands * problem.data // groups)
+    for slots in {1 << bit for bit in range(9)} | {groups}:
+        share = splits or min(programs // slots, tiles)
+        if slots <= min(held, groups) and slots * share <= programs and (share > 1 or splits):
             yield choice._replace(path="stream", slots=slots, splits=share)
 
 
-def _splits(problem: Problem, choice: Choice, device: Device) -> int:
+def _splits(groups: int, tiles: int, device: Device) -> int:
     """The fewest programs per group that fill whole waves: the last one merges what all of them found."""
-    plan = build(problem, choice)
-    groups, wave = plan.groups, 2 * device.sms
-
-    def use(splits: int) -> float:
-        programs = groups * splits
-        return programs / (-(-programs // wave) * wave)
-
-    candidates = range(1, min(plan.tiles, max(4, 4 * wave // groups)) + 1)
-    return next((s for s in candidates if use(s) >= FULL_WAVE), max(candidates, key=use))
+    wave = 2 * device.sms
+    most = min(tiles, max(4, 4 * wave // groups))
+    fullest, use = 1, 0.0
+    # Of the splits that need as many waves, the most use them best.
+    for waves in range(-(-groups // wave), -(-groups * most // wave) + 1):
+        splits = min(most, waves * wave // groups)
+        if 100 * groups * splits >= FULL_WAVE * waves * wave:  # and so may fewer of them
+            fewest = -(-FULL_WAVE * waves * wave // (100 * groups))
+            return max(fewest, (waves - 1) * wave // groups + 1)
+        if splits and groups * splits / (waves * wave) > use:
+            fullest, use = splits, groups * splits / (waves * wave)
+    return fullest
 
 
 def programs_at_once(num_warps: int, device: Device) -> int:

@@ -4,7 +4,7 @@ Pure Python: no tensors, no CUDA. `print(make_plan("forward", "planes", (256, 64
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, get_args
 
 from tritonbn import model, tables
@@ -84,11 +84,14 @@ def independent(problem: Problem, device: Device) -> Plan:
 @lru_cache(maxsize=4096)
 def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, written: int) -> Plan:
     plan, source = _chosen(problem, device, force, tuned)
+    return replace(plan, estimator=partial(_estimate, problem, device, source))
+
+
+def _estimate(problem: Problem, device: Device, source: str, plan: Plan) -> Estimate:
     moved, floor = bytes_moved(plan, Operands()), floor_bytes(plan, Operands())
     seconds = model.seconds(plan, problem, device)
     constants = "assumed" if device.measured is None else "calibrated"
-    estimate = Estimate(device.name, moved, floor, device.constants.bandwidth, seconds, source, constants)
-    return replace(plan, estimate=estimate)
+    return Estimate(device.name, moved, floor, device.constants.bandwidth, seconds, source, constants)
 
 
 def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tuple[Plan, str]:

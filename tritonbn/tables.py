@@ -74,11 +74,15 @@ def find(problem: Problem, device: Device) -> list[tuple[Choice, str]]:
 
     A choice may be one that cannot run here: of a near size, or of a process that was alone on the GPU.
     """
+    gpu = device.gpu
+    held = _held(gpu)
+    if not (_tuned or held):
+        return []
     name, found = key(problem), []
-    if (tuned := _tuned.get((device.gpu, name))) is not None:
+    if (tuned := _tuned.get((gpu, name))) is not None:
         found.append((tuned.choice, "tuned in this process"))
-    for folder, origin in ((store.user_folder(), "the user's table"), (SHIPPED, "the library's table")):
-        if folder is not None and (entry := _read(path(folder, device), device.gpu).get(name)) is not None:
+    for entries, origin in held:
+        if (entry := entries.get(name)) is not None:
             found.append((entry.choice, origin))
     return found
 
@@ -93,13 +97,21 @@ def forget() -> None:
     """Read files again, and drop what was tuned in this process."""
     _tuned.clear()
     store.forget()
-    _read.cache_clear()
+    _held.cache_clear()
     changed(written=True)
 
 
 def path(folder: Path, device: Device) -> Path:
     """The table of a GPU in a folder."""
     return store.path(folder, device.name)
+
+
+@lru_cache(maxsize=64)
+def _held(gpu: Gpu) -> list[tuple[dict[str, Entry], str]]:
+    """What the files of the GPU hold, each with whose it is, without those that hold nothing; read until `forget`."""
+    folders = ((store.user_folder(), "the user's table"), (SHIPPED, "the library's table"))
+    tables = [(_load(store.path(folder, gpu[0]), gpu), origin) for folder, origin in folders if folder is not None]
+    return [(entries, origin) for entries, origin in tables if entries]
 
 
 def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) -> Path | None:
@@ -123,15 +135,9 @@ def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) 
     except OSError as error:
         store.tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
         return None
-    _read.cache_clear()
+    _held.cache_clear()
     changed(written=True)
     return file
-
-
-@lru_cache(maxsize=64)
-def _read(file: Path, gpu: Gpu) -> dict[str, Entry]:
-    """`_load`, once."""
-    return _load(file, gpu)
 
 
 def _load(file: Path, gpu: Gpu) -> dict[str, Entry]:
