@@ -16,6 +16,7 @@ SUBJECTS = {
     "tune": "measure plans for the layers of a network and keep the fastest",
     "environment": "the GPU, its driver, versions, and what is not there",
     "bandwidth": "what bounds every plan: copies, second readings, launches, barriers",
+    "calibrate": "measure the constants that plans are made of, and keep them",
     "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
     "overhead": "what a call costs on the CPU, launch by launch; needs no GPU",
     "report": "bench/results/*/*.json as one page with plots",

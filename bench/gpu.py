@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             if name == "ops-tuned" and not any((out / "plans").glob("*.json")):
                 result, seconds, last = "not run", 0.0, "no plans were tuned"
             else:
+                if name in AFTER_TUNING and (out / "no-plans" / "calibration").exists():  # it holds for them, too
+                    shutil.copytree(out / "no-plans" / "calibration", out / "plans" / "calibration", dirs_exist_ok=True)
                 result, seconds, last = execute(step, out / f"{name}.log", variables(name, out.resolve(), args, facts))
             # Results are committed: no folder of this machine in them.
             last = last.replace(f"{out.resolve()}/", "").replace(f"{ROOT}/", "")
@@ -95,7 +97,7 @@ def scale_of(args: argparse.Namespace) -> Scale:
 
 def variables(name: str, out: Path, args: argparse.Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
     """Of a step's environment."""
-    # Plans are the model's until this run has tuned them; the user's table counts in neither case.
+    # Plans are the model's until this run has tuned them; what the user's folder holds counts in neither case.
     found = {"TRITONBN_CACHE_DIR": str(out / ("plans" if name in AFTER_TUNING else "no-plans"))}
     # Results that were committed before are written anew: from then on the checkout would seem to be another one.
     found["TRITONBN_COMMIT"] = facts["commit"] or ""
@@ -156,7 +158,7 @@ def command(name: str, seconds: int, out: Path, args: argparse.Namespace, scale:
     budget = ["--budget", str(max(1, int((seconds - GRACE) * (1 - FINISH)) - START))]
     networks = [*bench, "models", "--device", "cuda", "--training"]
     match name:
-        case "environment" | "bandwidth":
+        case "environment" | "bandwidth" | "calibrate":
             return [*bench, name, "--device", "cuda", *quick[: name == "bandwidth"], "--out", str(out)]
         case "tests" | "more-tests":
             # Some of all tests of kernels rather than all of some; what others set up, they set up once.

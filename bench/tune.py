@@ -18,7 +18,7 @@ from bench.files import writable_folder, write_json
 from bench.measure import machine, pick_device, stamp
 from bench.problem import CHANNELS_LAST, DTYPES, LAYOUTS, layouts_of
 from bench.shapes import SETS, shape
-from tritonbn import model, planning, tables, tuning
+from tritonbn import model, planning, store, tables, tuning
 from tritonbn.device import H200, Device
 from tritonbn.layers import Layer
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if device.type != "cuda":
         raise BenchError(f"--device {args.device}: plans are measured on a GPU")
-    folder = args.out or tables.user_folder()
+    folder = args.out or store.user_folder()
     if folder is None:
         raise BenchError("no folder for the table: --out DIR, or set TRITONBN_CACHE_DIR")
     for path in (folder, *([args.results] if args.results else [])):
@@ -104,7 +104,7 @@ def rows_of(result: tuning.Tuned, device: Device) -> Iterator[dict[str, Any]]:
     for plan, us in result.times:
         yield {
             "operation": problem.operation, "layout": problem.layout, "shape": list(problem.shape),
-            "itemsize": problem.itemsize, "path": plan.path, "plan": str(replace(plan, estimate=None)), "us": us,
+            "itemsize": problem.itemsize, "path": plan.path, "plan": str(replace(plan, estimator=None)), "us": us,
             "predicted_us": 1e6 * model.seconds(plan, problem, device), "before": plan == result.before,
             "after": plan == result.after,
         }  # fmt: skip

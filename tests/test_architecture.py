@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "__init__",
     "tuning",
-    "timing",
     "explain",
     "recalibrate",
     "layers",
@@ -39,6 +38,10 @@ ORDER = [
     "operators",
     "autograd",
     "dispatch",
+    "calibrate",
+    "plan_timing",
+    "probes",
+    "timing",
     "launch",
     "planning",
     "handles",
@@ -49,7 +52,9 @@ ORDER = [
     "plan",
     "model",
     "traffic",
+    "calibration",
     "tables",
+    "store",
     "choice",
     "device",
     "geometry",
@@ -57,7 +62,7 @@ ORDER = [
     "version",
     "kernels",
 ]
-KERNEL_ORDER = ["cooperative", "normalize", "backward", "gradients", "activations", "statistics", "tiles"]
+KERNEL_ORDER = ["probes", "cooperative", "normalize", "backward", "gradients", "activations", "statistics", "tiles"]
 KERNELS = sorted(name for name in vars(launch) if name.endswith("_kernel"))
 
 
@@ -93,7 +98,9 @@ def test_kernels_import_triton_and_siblings_only(path: Path) -> None:
         assert first == "triton" or (first == "" and second in below), name
 
 
-@pytest.mark.parametrize("name", ["plan", "model", "traffic", "tables", "choice", "device", "geometry"])
+@pytest.mark.parametrize(
+    "name", ["plan", "model", "traffic", "calibration", "tables", "store", "choice", "device", "geometry"]
+)
 def test_plans_are_pure_python(name: str) -> None:
     found = imports(ROOT / "tritonbn" / f"{name}.py")
     assert not {n for n in found if n.split(".")[0] in ("torch", "triton") or n.startswith("tritonbn.kernels")}

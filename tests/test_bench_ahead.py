@@ -29,7 +29,7 @@ from bench import ahead
 from bench.problem import EPILOGUES, Problem
 from bench.shapes import Layer
 from bench.stub import stubbed
-from tritonbn import functional, launch, model, planning, tuning
+from tritonbn import functional, launch, model, plan_timing, planning, tuning
 from tritonbn.device import H200
 from tritonbn.layers import Layer as Tuned
 
@@ -80,7 +80,7 @@ def main():
     plans = 0
     with stubbed() as stub:
         for problem, layer in work.items():
-            call = tuning._call(problem, layer, 1, torch.device("cpu"))
+            call = plan_timing.operation(problem, lambda: layer.empty("cpu"), 1)
             near = model.neighbours(model.best(problem, H200), problem, H200)
             for plan in {*model.first_round(problem, H200), *near}:
                 call(plan, 0)

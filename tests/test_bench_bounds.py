@@ -18,8 +18,10 @@ from bench import bandwidth, environment, measure
 from bench.__main__ import main
 from bench.bandwidth import Bench
 from tests import results
-from tritonbn import launch, model
+from tritonbn import launch, probes
+from tritonbn.device import Constants
 
+ASSUMED = Constants(1e12)
 ROOT = Path(__file__).resolve().parent.parent
 kernels = pytest.mark.skipif(
     not (launch.INTERPRETED or torch.cuda.is_available()), reason="the kernels need a GPU or TRITON_INTERPRET=1"
@@ -40,7 +42,7 @@ def test_what_a_second_pass_finds_follows_from_three_times() -> None:
 
 
 def parts(rows: list[bandwidth.Row]) -> dict[int, float]:
-    return dict(bandwidth.second_readings(bandwidth.times_of(rows), "read, then pass"))
+    return dict(probes.second_readings(bandwidth.times_of(rows), "read, then pass"))
 
 
 def test_constants_of_the_model_stand_beside_what_was_measured() -> None:
@@ -52,9 +54,9 @@ def test_constants_of_the_model_stand_beside_what_was_measured() -> None:
         rows += [row("read, then pass in reverse", size, both)]
     found = bandwidth.constants(rows, 2.0, bench)
     assert found["copy, GB/s"]["measured"] == 2.0
-    assert found["copy in L2 / copy"] == {"assumed": model.L2_SPEED, "measured": pytest.approx(5.0)}
-    assert found["launch in a graph, us"] == {"assumed": pytest.approx(1e6 * model.LAUNCH), "measured": 2.5}
-    assert found["barrier, us"] == {"assumed": pytest.approx(1e6 * model.BARRIER), "measured": 2.0}
+    assert found["copy in L2 / copy"] == {"assumed": ASSUMED.l2_speed, "measured": pytest.approx(5.0)}
+    assert found["launch in a graph, us"] == {"assumed": pytest.approx(1e6 * ASSUMED.launch), "measured": 2.5}
+    assert found["barrier, us"] == {"assumed": pytest.approx(1e6 * ASSUMED.barrier), "measured": 2.0}
     # Of 100 bytes all were served, of 400 none: a quarter of the cache. 1000 are too many, and a tenth of them noise.
     assert found["part of L2 that a second pass finds, reverse"]["measured"] == pytest.approx(0.25)
     assert found["part of L2 that a second pass finds, forward"]["measured"] is None
@@ -71,20 +73,20 @@ def test_what_was_not_measured_is_not_known() -> None:
 @kernels
 def test_probes_do_what_they_are_timed_for(device: torch.device) -> None:
     """A tail that is no whole tile, and as many tiles as take turns in both orders."""
-    p = bandwidth.pair(4 * (3 * bandwidth.BLOCK + 5), device)
-    tiles = torch.nn.functional.pad(p.x, (0, 4 * bandwidth.BLOCK - p.x.numel())).view(4, -1)
-    bandwidth.read(p)
+    p = probes.pair(4 * (3 * probes.BLOCK + 5), device)
+    tiles = torch.nn.functional.pad(p.x, (0, 4 * probes.BLOCK - p.x.numel())).view(4, -1)
+    probes.read(p)
     torch.testing.assert_close(p.sums.double(), tiles.double().sum(1), rtol=1e-4, atol=1e-3)
     for reverse in (False, True):
         p.y.fill_(torch.nan)
         p.sums.fill_(torch.nan)
-        bandwidth.again(reverse)(p)
+        probes.again(reverse)(p)
         assert torch.equal(p.y, -p.x)
         assert p.sums.isfinite().all()
-    bandwidth.empty(p)
+    probes.empty(p)
     programs = 1 if device.type == "cpu" else 8
     for rounds in (3, 4):
-        bandwidth.waiting(programs, rounds)(p)
+        probes.waiting(programs, rounds)(p)
         assert p.zero.item() % (1 << 30) == 0, "nothing is left of those who came"
 
 
@@ -101,7 +103,7 @@ def test_all_is_measured_and_written(
     passes = dict.fromkeys(("one pass", "read", "read, then pass", "read, then pass in reverse"), 2)
     assert count == {"copy": 2, "copy in L2": 1, "launch": 1} | ({} if quick else passes)
     barriers = [row["what"].split(" barriers of ") for row in content["rows"] if "barriers" in row["what"]]
-    assert [rounds for rounds, _ in barriers] == ["0", str(bandwidth.ROUNDS)] * (1 if device.type == "cpu" else 2)
+    assert [rounds for rounds, _ in barriers] == ["0", str(probes.ROUNDS)] * (1 if device.type == "cpu" else 2)
     assert all(0 < row["us_low"] <= row["us"] <= row["us_high"] for row in content["rows"])
     here = measure.stamp(measure.machine(device))
     assert all(row.items() >= here.items() for row in content["rows"])
@@ -124,7 +126,7 @@ def test_what_fails_is_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.M
         raise RuntimeError("no launch")
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(bandwidth, "torchs_copy", refuse)
+    monkeypatch.setattr(probes, "torchs_copy", refuse)
     assert main(["bandwidth", "--device", "cpu", "--out", str(tmp_path)]) == 1
     rows = json.loads((tmp_path / "bandwidth.json").read_text())["rows"]
     assert {(row["us"], row["error"]) for row in rows} == {(None, "RuntimeError: no launch")}
@@ -134,13 +136,15 @@ COMPILED = """
 import json, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bench import bandwidth, machine_code, probes
+from bench import machine_code
+from tritonbn import probes
+from tritonbn.kernels import probes as kernels
 found = {}
 for name, fixed in (
-    ("read_kernel", {"BLOCK": bandwidth.BLOCK}), ("copy_kernel", {"BLOCK": bandwidth.BLOCK, "REVERSE": False}),
-    ("copy_kernel", {"BLOCK": bandwidth.BLOCK, "REVERSE": True}), ("empty_kernel", {}), ("barrier_kernel", {}),
+    ("read_kernel", {"BLOCK": probes.BLOCK}), ("copy_kernel", {"BLOCK": probes.BLOCK, "REVERSE": False}),
+    ("copy_kernel", {"BLOCK": probes.BLOCK, "REVERSE": True}), ("empty_kernel", {}), ("barrier_kernel", {}),
 ):
-    kernel = getattr(probes, name)
+    kernel = getattr(kernels, name)
     kinds = {"semaphore_ptr": "*i32", "n": "i32", "rounds": "i32"}
     signature = {n: "constexpr" if n in fixed else kinds.get(n, "*fp32") for n in kernel.arg_names}
     at = kernel.arg_names.index
@@ -149,7 +153,7 @@ for name, fixed in (
         fn=kernel, signature=signature, constexprs={(at(n),): v for n, v in fixed.items()},
         attrs={(at(n),): [["tt.divisibility", 16]] for n in whole},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": bandwidth.WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": probes.WARPS})
     usage, sass = machine_code.disassemble(compiled.asm["cubin"])
     found[f"{name} {fixed.get('REVERSE', '')}".strip()] = [
         machine_code.read_nvidia(usage, sass)["spills"], sass.count("LDG.E.128"), sass.count("LDG"),
@@ -167,7 +171,7 @@ def test_probes_compile_to_wide_accesses() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    per_thread = bandwidth.BLOCK // (32 * bandwidth.WARPS) // 4
+    per_thread = probes.BLOCK // (32 * probes.WARPS) // 4
     assert found["read_kernel"] == [0, per_thread, per_thread, 0, 1]
     assert found["copy_kernel False"] == found["copy_kernel True"] == [0, *4 * [per_thread]]
     assert found["empty_kernel"] == [0, 0, 0, 0, 0]

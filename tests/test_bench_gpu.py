@@ -226,8 +226,8 @@ def test_interpreter_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "log").read_text() == "False\n"
 
 
-ALL = "environment bandwidth tests more-tests ops tune ops-tuned models models-mnist mnist report"
-QUICK = "environment bandwidth tests ops models mnist report"
+ALL = "environment bandwidth tests more-tests calibrate ops tune ops-tuned models models-mnist mnist report"
+QUICK = "environment bandwidth tests calibrate ops models mnist report"
 
 
 def limits(*words: str) -> dict[str, int]:
@@ -310,9 +310,9 @@ def test_steps_are_commands_that_exist(words: tuple[str, ...]) -> None:
             assert (module == "bench.pretend") == (words == ("--dry-run",) and name != "report")
             parsed[name] = parse(rest)
     out = Path("out")
-    for name in ("environment", "bandwidth", "ops", "models", "mnist"):
+    for name in ("environment", "bandwidth", "calibrate", "ops", "models", "mnist"):
         assert parsed[name].out == out
-    for name in ("environment", "bandwidth", "models", "mnist"):
+    for name in ("environment", "bandwidth", "calibrate", "models", "mnist"):
         assert parsed[name].device == "cuda"
     assert parsed["mnist"].data == Path("data").resolve()
     assert parsed["report"].results == out

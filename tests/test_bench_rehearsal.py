@@ -50,7 +50,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     page_has_all_sections((out / "README.md").read_text())
 
 
-TABLE = "plans/pretended-GPU-0.1.0"
+TABLE, CALIBRATION = "plans/pretended-GPU-0.1.0", "plans/calibration/pretended-GPU-0.1.0"
 ROWS = {
     "steps": ["steps"], "bandwidth": ["rows"], "ops": ["rows", "wall"], "tuned/ops": ["rows", "wall"],
     "tune": ["rows"], "models": ["rows"], "mnist/models": ["rows"], "mnist": ["arms"],
@@ -75,7 +75,7 @@ def steps_in_order_and_the_summary_last(output: str, steps: list[dict[str, Any]]
 def everything_in_one_folder(out: Path) -> None:
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     logs = {f"{name}.log" for name in scale.DRY.shares}
-    tables = {f"{name}.json" for name in (*ROWS, TABLE, "machine")}
+    tables = {f"{name}.json" for name in (*ROWS, TABLE, "machine", "calibration", CALIBRATION)}
     assert found >= logs | tables | {"README.md", "mnist.png", "models.png", "mnist/models.png"}
     assert not (ROOT / "bench" / "results" / NAME.replace(" ", "-")).exists()
 

@@ -19,7 +19,7 @@ pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
 from bench import files, tune
 from bench.__main__ import main
 from tests import results
-from tritonbn import planning, tables, tuning
+from tritonbn import planning, store, tables, tuning
 from tritonbn.choice import Problem
 from tritonbn.device import H200, Device
 from tritonbn.layers import Layer
@@ -256,6 +256,6 @@ def test_folders_that_cannot_be(gpu: Device, tmp_path: Path, capsys: pytest.Capt
     assert main(["tune", "--shape", "60,100", "--out", str(file)]) == 2
     assert f"{file}: expected a folder, got a file" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "user_folder", lambda: None)
+        patch.setattr(store, "user_folder", lambda: None)
         assert main(["tune", "--shape", "60,100"]) == 2
     assert "error: no folder for the table: --out DIR, or set TRITONBN_CACHE_DIR" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_no_plan_beats_the_floor_and_bandwidth_never_hurts(problem: Problem, dev
         assert_sound(plan, device)
         time = seconds(plan, problem, device)
         assert isfinite(time)
-        floor = plan.launches * model.LAUNCH + floor_bytes(plan, Operands()) / device.bandwidth
+        floor = plan.launches * device.constants.launch + floor_bytes(plan, Operands()) / device.bandwidth
         assert time >= floor * (1 - 1e-12)  # the same sum in another order
         assert seconds(plan, problem, faster) <= time * (1 + 1e-12)
     assert seconds(best(problem, device), problem, device) == min(
@@ -207,3 +207,16 @@ def test_more_stages_than_shared_memory_holds() -> None:
     with pytest.raises(ValueError, match="3 stages take 294912 bytes of shared memory, more than 147456"):
         model.check(staged, H200)
     assert model.check(built(RESNET_56_BACKWARD, plan, stages=3), H200).tile.STAGES == 3
+
+
+@settings(max_examples=500, deadline=None)
+@given(groups=st.integers(1, 3000), tiles=st.integers(1, 5000), sms=st.integers(1, 200))
+def test_splits_are_the_fewest_that_fill_whole_waves(groups: int, tiles: int, sms: int) -> None:
+    """To 95%; else those that fill them best."""
+
+    def use(splits: int) -> float:
+        return groups * splits / (-(-groups * splits // (2 * sms)) * 2 * sms)
+
+    candidates = range(1, min(tiles, max(4, 8 * sms // groups)) + 1)
+    expected = next((splits for splits in candidates if use(splits) >= 0.95), max(candidates, key=use))
+    assert model._splits(groups, tiles, Device("x", sms)) == expected

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.sound import assert_sound
-from tritonbn import tables
+from tritonbn import store, tables
 from tritonbn.choice import LARGEST_TILE, Choice, Problem
 from tritonbn.device import Device
 from tritonbn.plan import Plan, make_plan
@@ -115,7 +115,7 @@ def without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
 
 def test_the_tests_leave_the_users_tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    given = tables.user_folder()
+    given = store.user_folder()
     assert given is not None
     assert given.parent == Path(tempfile.gettempdir())
     assert given.name.startswith("tritonbn-tests-")
@@ -579,7 +579,7 @@ def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRITONBN_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", home)
-    assert tables.user_folder() is None
+    assert store.user_folder() is None
     with told(0):
         assert_modelled()
     assert_not_kept("no home folder", "TRITONBN_CACHE_DIR")
@@ -592,11 +592,11 @@ def test_where_the_users_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("TRITONBN_CACHE_DIR", "")
-    assert tables.user_folder() == tmp_path / ".cache" / "tritonbn"
+    assert store.user_folder() == tmp_path / ".cache" / "tritonbn"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tables.user_folder() == tmp_path / "xdg" / "tritonbn"
+    assert store.user_folder() == tmp_path / "xdg" / "tritonbn"
     monkeypatch.setenv("TRITONBN_CACHE_DIR", str(tmp_path / "ours"))
-    assert tables.user_folder() == tmp_path / "ours"
+    assert store.user_folder() == tmp_path / "ours"
 
 
 def test_save_replaces_a_file_that_is_ignored(file: Path) -> None:
@@ -616,7 +616,7 @@ from pathlib import Path
 package = types.ModuleType("tritonbn")
 package.__path__ = [sys.argv[1]]
 sys.modules["tritonbn"] = package
-from tritonbn import tables
+from tritonbn import store, tables
 from tritonbn.choice import Choice
 from tritonbn.device import Device
 from tritonbn.tables import Entry
@@ -634,7 +634,7 @@ for i in range(rounds):
     assert tables.save(GPU, {f"writer {me}, entry {i}": entry(1 + 100 * me + i)}) is not None
 """
 READER = """
-file, held, reads = tables.path(tables.user_folder(), GPU), 0, 0
+file, held, reads = tables.path(store.user_folder(), GPU), 0, 0
 print("ready", flush=True)
 while not stop.exists():
     entries = tables._load(file, GPU.gpu)  # a torn file would be told of, and warnings are errors
@@ -717,7 +717,7 @@ def test_a_writer_waits_for_another_one(file: Path) -> None:
 
 
 def test_where_there_are_no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "fcntl", None)
+    monkeypatch.setattr(store, "fcntl", None)
     tables.save(GPU, {key(LAYER): ENTRY})
     tables.save(GPU, {key(OTHER): ENTRY})
     assert plan_of().choice == plan_of(OTHER).choice == MEASURED

@@ -67,7 +67,8 @@ class Pretended:
         return Graph(self)
 
     @contextmanager
-    def graph(self, graph: Any, stream: object) -> Iterator[None]:
+    def graph(self, graph: Any, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "other threads of the user pin memory"
         if self.refuse is not None:
             raise self.refuse
         yield

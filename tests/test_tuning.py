@@ -18,13 +18,14 @@ from triton.runtime.errors import OutOfResources
 
 import tritonbn
 from tests import launches
-from tritonbn import handles, launch, model, planning, tables, timing, tuning
+from tritonbn import handles, launch, model, plan_timing, planning, tables, timing, tuning
 from tritonbn.choice import Plan, Problem, build
 from tritonbn.device import H200
 from tritonbn.layers import Layer
 from tritonbn.plan import make_plan
+from tritonbn.plan_timing import Measure
 from tritonbn.tables import epoch
-from tritonbn.tuning import Measure, Tuned, tune_problem, tune_problems
+from tritonbn.tuning import Tuned, tune_problem, tune_problems
 
 LAYER = Problem("forward", "planes", (256, 64, 3136), 2)
 NEAR = LAYER._replace(shape=(250, 64, 3136))
@@ -310,7 +311,7 @@ class Timed:
         self.slots: set[int] = set()
 
     def __call__(self, call: timing.Call, slots: int, device: torch.device, least: float, samples: int) -> Any:
-        assert (device, samples) == (CPU, tuning.SAMPLES)
+        assert (device, samples) == (CPU, plan_timing.SAMPLES)
         for slot in range(slots):
             call(slot)
         self.least.append(least)
@@ -324,7 +325,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
     if not launch.INTERPRETED:
         pytest.skip("the kernels do not take CPU tensors")
     stub = Timed()
-    monkeypatch.setattr(tuning, "_gpu", lambda device: CPU)
+    monkeypatch.setattr(timing, "gpu", lambda what, device: CPU)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(timing, "measure", stub)
     monkeypatch.setattr(timing, "slots_for", lambda size, cache: 2)
@@ -366,7 +367,7 @@ def test_a_model_is_tuned_and_stays_as_it_is(
     assert {"forward_kernel", "statistics_kernel", "normalize_kernel", "backward_kernel", "gradient_sums_kernel",
             "input_gradient_kernel"} <= set(ran)  # fmt: skip
     assert len(timed.least) == sum(result.tried for result in found)
-    assert set(timed.least) == {tuning.LEAST_SECONDS}
+    assert set(timed.least) == {plan_timing.LEAST_SECONDS}
     assert timed.slots == {2}
     assert all(result.dropped == 0 for result in found), "of the interpreter's launches spills are not known"
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
@@ -411,7 +412,7 @@ def test_operations_are_those_of_the_plan(timed: Timed) -> None:
     results = {}
     for operation, costly in (("forward", False), ("backward", False), ("backward", True)):
         problem = Problem(operation, "planes", (8, 16, 16), 4, costly)  # type: ignore[arg-type]
-        call = tuning._call(problem, layer, 2, CPU)
+        call = plan_timing.operation(problem, lambda: layer.empty(CPU), 2)
         by_path = {plan.path: plan for plan in model.plans_for(problem, H200) if not plan.cooperative}
         assert by_path.keys() == {"single", "split"}
         for path, plan in by_path.items():
@@ -504,7 +505,7 @@ def test_the_device_is_a_gpu_and_has_a_number(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="tune measures on a GPU, but got the device cpu"):
         tritonbn.tune([(60, 100)], device="cpu")
     given = (None, "cuda", torch.device("cuda"), "cuda:1", torch.device("cuda", 0))
-    assert [str(tuning._gpu(device)) for device in given] == ["cuda:3", "cuda:3", "cuda:3", "cuda:1", "cuda:0"]
+    assert [str(timing.gpu("tune", device)) for device in given] == ["cuda:3", "cuda:3", "cuda:3", "cuda:1", "cuda:0"]
 
 
 def test_a_models_device_is_that_of_its_layers(timed: Timed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """A problem, what there is to choose, and the plan that follows: pure Python, no tensors, no CUDA."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from tritonbn.geometry import Tile, geometry, power_of_two
@@ -92,12 +93,14 @@ class Estimate(NamedTuple):
     bandwidth: float  # of memory, bytes per second
     seconds: float  # that the plan should take
     source: str  # where the plan is from
+    constants: str  # of the model: assumed, or calibrated on this very GPU
 
     def __str__(self) -> str:
         floor = 1e6 * self.floor / self.bandwidth
         return (
             f"moves {self.moved:,} bytes; floor {self.floor:,} bytes = {floor:.1f} us at {self.bandwidth / 1e12:.1f} "
-            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us; plan from {self.source}"
+            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us by {self.constants} constants; "
+            f"plan from {self.source}"
         )
 
 
@@ -117,11 +120,13 @@ class Plan:
     groups: int  # channel groups
     tiles: int  # tiles of a channel group
     reduce_tiles: int  # tiles per program of a reduction
+    splits: int  # programs that share the reduction of a channel group
     apply_tiles: int  # tiles per program of an elementwise pass
+    apply_splits: int  # programs that share the elementwise pass over a channel group
     merge_block: int  # partials that are merged at a time
     slots: int  # channel groups that are worked on at a time: the first axis of a cooperative grid
     choice: Choice = field(compare=False, repr=False)
-    estimate: Estimate | None = field(default=None, compare=False, repr=False)
+    estimator: Callable[["Plan"], Estimate] | None = field(default=None, compare=False, repr=False)
     kept: dict[Any, Any] | None = field(default=None, compare=False, repr=False)  # see `handles.py`
 
     @cached_property
@@ -130,14 +135,9 @@ class Plan:
         return self.rows, self.shape[1], self.width
 
     @cached_property
-    def splits(self) -> int:
-        """Programs that share the reduction of a channel group."""
-        return -(-self.tiles // self.reduce_tiles)
-
-    @cached_property
-    def apply_splits(self) -> int:
-        """Programs that share the elementwise pass over a channel group."""
-        return -(-self.tiles // self.apply_tiles)
+    def estimate(self) -> Estimate | None:
+        """What it should cost, of a plan that `make_plan` made."""
+        return None if self.estimator is None else self.estimator(self)
 
     @cached_property
     def launches(self) -> int:
@@ -192,48 +192,59 @@ class Plan:
         )
 
 
-@lru_cache(maxsize=4096)
+def cut(problem: Problem, block_r: int, block_l: int) -> tuple[Tile, int, int]:
+    """The tile with these blocks cut to the problem's size, its channel groups, and the tiles of a group.
+
+    Raises ValueError where blocks of lanes would share a byte of packed bits.
+    """
+    tile = problem.geometry[0]
+    N, C, positions = problem.view
+    rows = N // tile.FOLD
+    block_r = min(block_r, power_of_two(rows))
+    lanes = power_of_two(positions if tile.GROUP == 1 else C)
+    group, block_g = tile.GROUP, tile.BLOCK_G
+    if group > 1 and tile.SPAN * tile.FOLD > 1:
+        block_l = tile.BLOCK_L
+    elif block_l < min(8, lanes):  # forward and backward may have different plans, but the bits between them are alike
+        raise ValueError(f"a byte of packed bits belongs to one block of lanes, but got {block_l} of {lanes} lanes")
+    elif group == 1:
+        block_l = min(block_l, max(8, lanes))
+    else:  # lanes are channels
+        group = block_g = block_l = min(block_l, lanes)
+    extent = positions if group == 1 else group * tile.SPAN * tile.FOLD
+    tiles = -(-rows // block_r) * -(-extent // block_l)
+    return Tile(group, *tile[1:4], block_r, block_l, block_g, tile.BLOCK_F), -(-C // group), tiles
+
+
 def build(problem: Problem, choice: Choice) -> Plan:
     """The plan for `problem` by `choice`; blocks and splits are cut to its size.
 
     Raises ValueError where the choice cannot run it, such as a slice that its tile does not hold.
     """
-    tile, width = problem.geometry
-    rows, C = problem.rows, problem.view[1]
-    block_r, block_l = min(choice.block_r, power_of_two(rows)), choice.block_l
-    lanes = power_of_two(problem.view[2] if tile.GROUP == 1 else C)
-    if tile.GROUP > 1 and tile.SPAN * tile.FOLD > 1:
-        block_l = tile.BLOCK_L
-    elif block_l < min(8, lanes):  # forward and backward may have different plans, but the bits between them are alike
-        raise ValueError(f"a byte of packed bits belongs to one block of lanes, but got {block_l} of {lanes} lanes")
-    elif tile.GROUP == 1:
-        block_l = min(block_l, max(8, lanes))
-    else:  # lanes are channels
-        block_l = min(block_l, lanes)
-        tile = tile._replace(GROUP=block_l, BLOCK_G=block_l)
-    groups = -(-C // tile.GROUP)
-    extent = problem.view[2] if tile.GROUP == 1 else tile.GROUP * tile.SPAN * tile.FOLD
-    tiles = -(-rows // block_r) * -(-extent // block_l)
-    most = min(tiles, GRID_LIMIT, (1 << 31) // (3 * C))  # the workspace [splits, 3, C] has 32-bit indices
+    tile, groups, tiles = cut(problem, choice.block_r, choice.block_l)
+    most = min(tiles, GRID_LIMIT, (1 << 31) // (3 * problem.view[1]))  # the workspace [splits, 3, C] has 32-bit indices
     splits = 1 if choice.path == "single" else min(choice.splits, most)
     reduce_tiles = -(-tiles // splits)
     resident = choice.path != "split" and reduce_tiles == 1
     if not resident and choice.path == "cooperative":
         raise ValueError(f"path cooperative needs one tile for a program's share, but got {reduce_tiles}")
-    if block_r * block_l * problem.itemsize > LARGEST_TILE:
-        raise ValueError(f"a tile of {block_l} x {block_r} elements of {problem.itemsize} bytes is too large")
+    if tile.BLOCK_R * tile.BLOCK_L * problem.itemsize > LARGEST_TILE:
+        raise ValueError(f"a tile of {tile.BLOCK_L} x {tile.BLOCK_R} elements of {problem.itemsize} bytes is too large")
+    apply_tiles = max(1, min(choice.apply_tiles, tiles), -(-tiles // GRID_LIMIT))
     return Plan(
         *problem[:2],
         choice.path,
         *problem[2:4],
-        rows,
-        width,
-        tile._replace(BLOCK_R=block_r, BLOCK_L=block_l, ONCE=resident, STAGES=choice.stages),
+        problem.rows,
+        problem.geometry[1],
+        Tile(*tile[:8], ONCE=resident, STAGES=choice.stages),
         choice.num_warps,
         groups,
         tiles,
         reduce_tiles,
-        apply_tiles=max(1, min(choice.apply_tiles, tiles), -(-tiles // GRID_LIMIT)),
+        -(-tiles // reduce_tiles),
+        apply_tiles,
+        -(-tiles // apply_tiles),
         merge_block=max(1, min(16, 1024 // tile.BLOCK_G)),
         slots=min(choice.slots or groups, groups),
         choice=choice,

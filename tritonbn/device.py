@@ -1,6 +1,38 @@
-"""What a plan must know of a GPU."""
+"""GPU facts that the planner uses."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import NamedTuple
+
+
+class Constants(NamedTuple):
+    """What the model of time takes a GPU to do: estimates, unless `calibrate` measured them."""
+
+    bandwidth: float  # of memory, bytes per second that a large copy reads and writes
+    launch: float = 3e-6  # seconds of a launch inside of a CUDA graph
+    barrier: float = 1.5e-6  # seconds until programs that wait for each other go on
+    # L2 delivers so many times what memory does; a part of it is filled by what is written, and by other kernels.
+    l2_speed: float = 1.5
+    l2_share: float = 0.6
+    # Of kinds of plans (see `model.kind`), measured time by predicted time.
+    factors: tuple[tuple[str, float], ...] = ()
+    waiting: bool = False  # plans whose programs wait for each other were measured, too
+
+    def check(self) -> None:
+        """Raise ValueError for what no GPU does: it may come from a file that anyone has written to."""
+        values = [(name, getattr(self, name), *limits) for name, limits in _LIMITS.items()]
+        for name, value, low, high in [*values, *((kind, factor, 1e-4, 1e4) for kind, factor in self.factors)]:
+            if type(value) not in (int, float) or not (isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name} must be a number from {low:g} to {high:g}, but got {value!r}")
+        if type(self.waiting) is not bool:
+            raise ValueError(f"waiting must be true or false, but got {self.waiting!r}")
+
+
+_LIMITS = {
+    "bandwidth": (1e6, 1e18), "launch": (1e-9, 1.0), "barrier": (1e-9, 1.0), "l2_speed": (1e-4, 1e4),
+    "l2_share": (0.0, 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -10,8 +42,14 @@ class Device:
     name: str = "NVIDIA H200"
     sms: int = 132
     l2_bytes: int = 60 << 20
-    bandwidth: float = 4.3e12  # bytes per second that a large copy reads and writes
+    bandwidth: float = 4.3e12  # bytes per second that a large copy reads and writes, as far as nothing is measured
     cooperative: bool = True  # can launch a grid whose programs wait for each other
+    measured: Constants | None = None  # on this very GPU
+
+    @cached_property
+    def constants(self) -> Constants:
+        """What was measured, or else is assumed."""
+        return self.measured or Constants(self.bandwidth)
 
     @property
     def gpu(self) -> tuple[str, int]:

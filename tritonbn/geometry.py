@@ -1,5 +1,6 @@
 """How a tensor is cut into tiles: the widest aligned access that its shape allows, with the least padding."""
 
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Tile(NamedTuple):
     STAGES: int = 1  # of the loads in a reduction's loop
 
 
+@lru_cache(maxsize=4096)
 def geometry(N: int, C: int, S: int, itemsize: int) -> tuple[Tile, int]:
     """The tile (but for its rows) and the width in vectors that give the widest access with the least padding."""
     vector = 16 // itemsize

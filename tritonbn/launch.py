@@ -216,15 +216,18 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def holds(plan: Plan, device: torch.device) -> bool:
+    """Whether a device was not found to refuse the plan, or not to hold its programs at a time."""
+    return not plan.cooperative or ((device.index, plan) not in _too_many and planning.holds_together(device))
+
+
 def running(plan: Plan, x: Tensor, costly: bool = False, device: torch.device | None = None) -> Plan:
     """What runs by a plan for x: another one where a device was found not to hold its programs at a time.
 
     device: if it is not to be that of x.
     """
-    if not plan.cooperative:
-        return plan
     where = device or x.device
-    if (where.index, plan) not in _too_many and planning.holds_together(where):
+    if holds(plan, where):
         return plan
     return independent(problem_of(plan.operation, x, costly), device_of(where))
 

@@ -1,14 +1,15 @@
 """Which plans there are for a problem, and how long each should take: the plan where nothing was measured.
 
 The time is bytes / bandwidth, with the bandwidth that the bytes in flight allow, plus launches, barriers and merges.
-Every constant is an estimate, none was measured; `tritonbn.tune` replaces what follows from them by measurements.
+Its constants are those of the device: estimates, or what `tritonbn.calibrate` measured, with the factors by which each
+kind of plans missed its prediction. `tritonbn.tune` replaces what follows from all of them by measurements of a layer.
 """
 
 from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil
 
-from tritonbn.choice import Choice, Path, Plan, Problem, build
+from tritonbn.choice import Choice, Path, Plan, Problem, build, cut
 from tritonbn.device import Device
 from tritonbn.geometry import (
     BYTES_PER_THREAD,
@@ -18,20 +19,18 @@ from tritonbn.geometry import (
     power_of_two,
 )
 
-# Seconds of a launch inside of a CUDA graph, of a barrier, and until a load from memory, or from L2, returns.
-LAUNCH = 3e-6
-BARRIER = 1.5e-6
+# Seconds until a load from memory, or from L2, returns.
 LATENCY = 700e-9
 L2_LATENCY = 300e-9
-# L2 delivers so many times what memory does; a part of it is filled by what is written, and by other kernels.
-L2_SPEED = 1.5
-L2_SHARE = 0.6
 # One SM can take so many times its share of the bandwidth.
 SM_REACH = 1.5
 # Most kernels take 128 registers at most (`python -m bench codegen`): that many warps per SM.
 WARPS_PER_SM = 16
-# A wave of split reductions should be full.
-FULL_WAVE = 0.95
+# So many percent of a wave of split reductions should have work.
+FULL_WAVE = 95
+# A cooperative grid starts when all of the GPU is free for it, and its measured factor is that of one shape: it must
+# promise more than the prediction may be wrong by.
+DOUBT = 1.1
 # Most tiles of an elementwise program: enough to share the load of the channels' values, few enough to balance.
 APPLY_TILES = 4
 # Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
@@ -46,19 +45,26 @@ TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "str
 def best(problem: Problem, device: Device, path: Path | None = None, splits: int | None = None) -> Plan:
     """The plan that should take the least time, of those with the given path and splits.
 
-    Of paths whose programs wait for each other only if they are asked for. Raises ValueError where the path cannot run
-    the problem on the device.
+    Of paths whose programs wait for each other only if they are asked for, or were measured on the device. Raises
+    ValueError where the path cannot run the problem on the device.
     """
-    plans = plans_for(problem, device, splits)
-    chosen = [plan for plan in plans if (not plan.cooperative if path is None else plan.path == path)]
+    plans = plans_for(problem, device, splits, waiting=path is not None or device.constants.waiting)
+    if path is None:
+        factors = dict(device.constants.factors)
+        chosen = [plan for plan in plans if not plan.cooperative or kind(plan, problem, device) in factors]
+    else:
+        chosen = [plan for plan in plans if plan.path == path]
     if not chosen:
         raise ValueError(f"path {path} cannot run {problem.operation} of {list(problem.shape)} on {device.name}")
-    return min(chosen, key=lambda plan: seconds(plan, problem, device))
+    return min(chosen, key=lambda plan: seconds(plan, problem, device) * (DOUBT if plan.cooperative else 1.0))
 
 
-def plans_for(problem: Problem, device: Device, splits: int | None = None) -> Iterator[Plan]:
-    """Plans of every path that can run the problem on the device; reductions of split ones have `splits` programs."""
-    for choice in _choices(problem, device, splits):
+def plans_for(problem: Problem, device: Device, splits: int | None = None, waiting: bool = True) -> Iterator[Plan]:
+    """Plans of every path that can run the problem on the device; reductions of split ones have `splits` programs.
+
+    waiting: also of paths whose programs wait for each other.
+    """
+    for choice in _choices(problem, device, splits, waiting):
         try:
             yield build(problem, choice)
         except ValueError:
@@ -71,29 +77,32 @@ def first_round(problem: Problem, device: Device) -> list[Plan]:
     return [*{plan.path: plan for plan in reversed(by_time)}.values(), *[*dict.fromkeys(by_time)][:FIRST]]
 
 
-def _choices(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
-    streamed = _streamed(problem, device)
-    yield streamed._replace(path="split", splits=splits or _splits(problem, streamed, device))
+def _choices(problem: Problem, device: Device, splits: int | None, waiting: bool) -> Iterator[Choice]:
+    streamed, groups, tiles = _streamed(problem, device)
+    yield streamed._replace(splits=splits or _splits(groups, tiles, device))
     if problem.operation == "inference":
         return
     yield streamed._replace(path="single")
     if (resident := _resident(problem)) is not None:
         yield resident
-    if device.cooperative:
+    if waiting and device.cooperative:
         yield from _cooperative(problem, device, splits)
 
 
-def _streamed(problem: Problem, device: Device, narrow: bool = False) -> Choice:
-    """Tiles of two 128-bit loads a thread; half where accesses are narrow or derivatives take exponentials."""
+def _streamed(problem: Problem, device: Device, narrow: bool = False) -> tuple[Choice, int, int]:
+    """Tiles of two 128-bit loads a thread; half where accesses are narrow or derivatives take exponentials.
+
+    With the number of channel groups, and of tiles of each.
+    """
     tile, rows = problem.geometry[0], problem.rows
     wide = tile.V * problem.itemsize >= 8 and not problem.costly and not narrow
     per_thread = BYTES_PER_THREAD if wide else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * problem.itemsize
     block_r = max(1, min(power_of_two(rows), 32 * WARPS * per_thread // row_bytes))
     num_warps = max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
-    choice = Choice("split", block_r, tile.BLOCK_L, num_warps)
-    plan = build(problem, choice)
-    return choice._replace(apply_tiles=max(1, min(APPLY_TILES, plan.tiles * plan.groups // (4 * device.sms))))
+    _, groups, tiles = cut(problem, block_r, tile.BLOCK_L)
+    apply_tiles = max(1, min(APPLY_TILES, tiles * groups // (4 * device.sms)))
+    return Choice("split", block_r, tile.BLOCK_L, num_warps, 1, apply_tiles), groups, tiles
 
 
 def _resident(problem: Problem) -> Choice | None:
@@ -114,32 +123,34 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
     """All of the tensor in registers at a time; or as many channel groups as L2 holds."""
     # Tiles of several channels have more values per channel to keep: the backward's would spill, and those of fp64.
     narrow = problem.itemsize == 8 or (problem.operation == "backward" and problem.geometry[0].GROUP > 1)
-    choice = _streamed(problem, device, narrow)
-    plan = build(problem, choice)
+    choice, groups, tiles = _streamed(problem, device, narrow)
     most = 32 * WARPS * NARROW_BYTES_PER_THREAD
     if problem.geometry[0].SPAN > 1 and choice.block_l * problem.itemsize > most:  # one row is too much (17x17 planes)
         return
     programs = programs_at_once(choice.num_warps, device)
-    if plan.tiles > 1 and plan.groups * plan.tiles <= programs:
-        yield choice._replace(path="cooperative", splits=plan.tiles)
-    held = int(L2_SHARE * device.l2_bytes) // max(1, problem.operands * problem.data // plan.groups)
-    for slots in {1 << bit for bit in range(9)} | {plan.groups}:
-        share = splits or min(programs // slots, plan.tiles)
-        if slots <= min(held, plan.groups) and slots * share <= programs and (share > 1 or splits):
+    if tiles > 1 and groups * tiles <= programs:
+        yield choice._replace(path="cooperative", splits=tiles)
+    held = int(device.constants.l2_share * device.l2_bytes) // max(1, problem.operands * problem.data // groups)
+    for slots in {1 << bit for bit in range(9)} | {groups}:
+        share = splits or min(programs // slots, tiles)
+        if slots <= min(held, groups) and slots * share <= programs and (share > 1 or splits):
             yield choice._replace(path="stream", slots=slots, splits=share)
 
 
-def _splits(problem: Problem, choice: Choice, device: Device) -> int:
+def _splits(groups: int, tiles: int, device: Device) -> int:
     """The fewest programs per group that fill whole waves: the last one merges what all of them found."""
-    plan = build(problem, choice)
-    groups, wave = plan.groups, 2 * device.sms
-
-    def use(splits: int) -> float:
-        programs = groups * splits
-        return programs / (-(-programs // wave) * wave)
-
-    candidates = range(1, min(plan.tiles, max(4, 4 * wave // groups)) + 1)
-    return next((s for s in candidates if use(s) >= FULL_WAVE), max(candidates, key=use))
+    wave = 2 * device.sms
+    most = min(tiles, max(4, 4 * wave // groups))
+    fullest, use = 1, 0.0
+    # Of the splits that need as many waves, the most use them best.
+    for waves in range(-(-groups // wave), -(-groups * most // wave) + 1):
+        splits = min(most, waves * wave // groups)
+        if 100 * groups * splits >= FULL_WAVE * waves * wave:  # and so may fewer of them
+            fewest = -(-FULL_WAVE * waves * wave // (100 * groups))
+            return max(fewest, (waves - 1) * wave // groups + 1)
+        if splits and groups * splits / (waves * wave) > use:
+            fullest, use = splits, groups * splits / (waves * wave)
+    return fullest
 
 
 def programs_at_once(num_warps: int, device: Device) -> int:
@@ -186,13 +197,27 @@ def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
     yield from sorted(found, key=lambda near: seconds(near, problem, device))
 
 
+def kind(plan: Plan, problem: Problem, device: Device) -> str:
+    """What a measured factor holds for: path, layout and direction, apart for what L2 holds with what is written."""
+    held = (problem.operands + 1) * problem.data <= device.l2_bytes
+    return f"{plan.path}/{problem.layout}/{problem.operation}/{'L2' if held else 'memory'}"
+
+
 def seconds(plan: Plan, problem: Problem, device: Device) -> float:
-    """The time that a plan should take on the device, between other kernels."""
-    read, write, usable = problem.operands * problem.data, problem.data, L2_SHARE * device.l2_bytes
+    """The time that a plan should take on the device, between other kernels: predicted, times what was measured."""
+    time = predicted(plan, problem, device)
+    factors = device.constants.factors
+    return time * dict(factors).get(kind(plan, problem, device), 1.0) if factors else time
+
+
+def predicted(plan: Plan, problem: Problem, device: Device) -> float:
+    """The time that a plan should take by the constants of the device, without its factors."""
+    constants = device.constants
+    read, write, usable = problem.operands * problem.data, problem.data, constants.l2_share * device.l2_bytes
     if plan.operation == "inference":
         programs = plan.groups * plan.apply_splits
         waves = ceil(programs / programs_at_once(plan.num_warps, device))
-        return LAUNCH + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
+        return constants.launch + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
     at_once = programs_at_once(plan.num_warps, device)
     programs = plan.grid[0] * plan.grid[1]
     merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
@@ -202,7 +227,7 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
         time = _pass(plan, device, read, 0, 0, programs, waves * plan.reduce_tiles) + LATENCY + merge
         programs = plan.groups * plan.apply_splits
         tiles = ceil(programs / at_once) * plan.apply_tiles
-        return 2 * LAUNCH + time + _pass(plan, device, read - hits, hits, write, programs, tiles)
+        return 2 * constants.launch + time + _pass(plan, device, read - hits, hits, write, programs, tiles)
     again = 0.0 if plan.tile.ONCE else read * (1 - 1 / plan.reduce_tiles)
     live = min(programs, at_once) * read / (plan.groups * plan.splits)
     hits = again * min(1.0, usable / live)
@@ -217,8 +242,8 @@ def seconds(plan: Plan, problem: Problem, device: Device) -> float:
         uneven = rounds * plan.slots / plan.groups
         # While one slot waits, the programs of others work, if there are any.
         waits = rounds if plan.slots == 1 else 1 + (rounds - 1) / 2
-        time = LAUNCH / 2 + uneven * time + waits * (BARRIER + merge)
-    return LAUNCH + time
+        time = constants.launch / 2 + uneven * time + waits * (constants.barrier + merge)
+    return constants.launch + time
 
 
 def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, programs: int, tiles: int) -> float:
@@ -227,7 +252,8 @@ def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, 
     What memory takes, or L2, or the loads that each program waits for: it works on `tiles`, two at a time.
     """
     reach = min(1.0, SM_REACH * programs / device.sms)
-    memory = (read + written) / (device.bandwidth * reach)
-    cache = (read + hits + written) / (L2_SPEED * device.bandwidth)
+    bandwidth = device.constants.bandwidth
+    memory = (read + written) / (bandwidth * reach)
+    cache = (read + hits + written) / (device.constants.l2_speed * bandwidth)
     narrow = max(1.0, 64 / plan.access_bits)
     return max(memory, cache, ceil(tiles / 2) * LATENCY) * narrow

@@ -4,7 +4,7 @@ Pure Python: no tensors, no CUDA. `print(make_plan("forward", "planes", (256, 64
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, get_args
 
 from tritonbn import model, tables
@@ -68,8 +68,11 @@ def make_plan(
 
     Rows have their channels contiguous (S = 1; N counts all values of a channel), planes their S positions. `costly`
     is a backward that computes exponentials for each element. Measured plans are taken from tables if `tuned`, the rest
-    from a model. Raises ValueError where a forced path cannot run it.
+    from a model, with the constants that were measured on the device if `tuned`. Raises ValueError where a forced path
+    cannot run it.
     """
+    if not tuned and device.measured is not None:
+        device = replace(device, measured=None)
     return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.written())
 
 
@@ -81,9 +84,14 @@ def independent(problem: Problem, device: Device) -> Plan:
 @lru_cache(maxsize=4096)
 def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, written: int) -> Plan:
     plan, source = _chosen(problem, device, force, tuned)
+    return replace(plan, estimator=partial(_estimate, problem, device, source))
+
+
+def _estimate(problem: Problem, device: Device, source: str, plan: Plan) -> Estimate:
     moved, floor = bytes_moved(plan, Operands()), floor_bytes(plan, Operands())
     seconds = model.seconds(plan, problem, device)
-    return replace(plan, estimate=Estimate(device.name, moved, floor, device.bandwidth, seconds, source))
+    constants = "assumed" if device.measured is None else "calibrated"
+    return Estimate(device.name, moved, floor, device.constants.bandwidth, seconds, source, constants)
 
 
 def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tuple[Plan, str]:

@@ -1,11 +1,12 @@
 """The problem that a tensor poses, the device that it is on, and so its plan."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from tritonbn import private, tables
+from tritonbn import calibration, private, tables
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device, described
 from tritonbn.plan import make_plan
@@ -42,7 +43,7 @@ def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem
 
 def device_of(device: torch.device) -> Device:
     """What the plan knows of it. Beside collectives of other processes nothing waits until all of the GPU is free."""
-    return _described(device, alone() and holds_together(device))
+    return _described(device, alone() and holds_together(device), tables.written())
 
 
 _refusing: set[torch.device] = set()
@@ -72,10 +73,12 @@ def alone() -> bool:
 
 
 @lru_cache(maxsize=64)
-def _described(device: torch.device, is_alone: bool) -> Device:
+def _described(device: torch.device, is_alone: bool, written: int) -> Device:
     if device.type != "cuda":  # programs of the interpreter run one after another: none can wait for another one
         return Device(cooperative=device.type != "cpu")
     p = torch.cuda.get_device_properties(device)
     data_sheet = 2e3 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8  # kHz, bits
     l2_bytes = getattr(p, "L2_cache_size", 0)
-    return described(p.name, p.multi_processor_count, l2_bytes, data_sheet, not torch.version.hip and is_alone)
+    cooperative = not torch.version.hip and is_alone
+    found = described(p.name, p.multi_processor_count, l2_bytes, data_sheet, cooperative)
+    return replace(found, measured=calibration.find(found))

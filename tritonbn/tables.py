@@ -1,30 +1,18 @@
 """Measured plans: what was tuned in this process, the user's cache, and the tables that come with the library.
 
-A table is a JSON file per GPU name. Only `tritonbn.tune` and `python -m bench tune` write one. A file that cannot be
-read, or is not for this GPU and version, is told of once and otherwise as if it were not there: all of it where one
-entry is wrong, for files are written whole and someone else had a hand in this one. Pure Python.
+A table is a JSON file per GPU name, see `store.py`. Only `tritonbn.tune` and `python -m bench tune` write one. Pure
+Python.
 """
 
-import json
-import os
-import re
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from math import log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tritonbn import store
 from tritonbn.choice import Choice, Problem
 from tritonbn.device import Device
-from tritonbn.version import __version__
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover  # not a POSIX system: the last of several writers wins
-    fcntl = None  # type: ignore[assignment]
+from tritonbn.store import Gpu
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tuned"
@@ -46,8 +34,7 @@ class Entry(NamedTuple):
                 raise ValueError(f"{name} must be a positive number of microseconds, but got {value!r}")
 
 
-_tuned: dict[tuple[tuple[str, int], str], Entry] = {}
-_told: set[tuple[str, Path]] = set()
+_tuned: dict[tuple[Gpu, str], Entry] = {}
 _epoch = 0
 _written = 0
 
@@ -87,11 +74,15 @@ def find(problem: Problem, device: Device) -> list[tuple[Choice, str]]:
 
     A choice may be one that cannot run here: of a near size, or of a process that was alone on the GPU.
     """
+    gpu = device.gpu
+    held = _held(gpu)
+    if not (_tuned or held):
+        return []
     name, found = key(problem), []
-    if (tuned := _tuned.get((device.gpu, name))) is not None:
+    if (tuned := _tuned.get((gpu, name))) is not None:
         found.append((tuned.choice, "tuned in this process"))
-    for folder, origin in ((user_folder(), "the user's table"), (SHIPPED, "the library's table")):
-        if folder is not None and (entry := _read(path(folder, device), device.gpu).get(name)) is not None:
+    for entries, origin in held:
+        if (entry := entries.get(name)) is not None:
             found.append((entry.choice, origin))
     return found
 
@@ -105,26 +96,22 @@ def remember(device: Device, entries: dict[str, Entry]) -> None:
 def forget() -> None:
     """Read files again, and drop what was tuned in this process."""
     _tuned.clear()
-    _told.clear()
-    _read.cache_clear()
+    store.forget()
+    _held.cache_clear()
     changed(written=True)
 
 
-def user_folder() -> Path | None:
-    """$TRITONBN_CACHE_DIR, or tritonbn in the user's cache folder; None for a user without a home."""
-    if given := os.environ.get("TRITONBN_CACHE_DIR"):
-        return Path(given)
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "tritonbn"
-    try:
-        return Path.home() / ".cache" / "tritonbn"
-    except RuntimeError:
-        return None
-
-
 def path(folder: Path, device: Device) -> Path:
-    """The file of a GPU in a folder."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device.name).strip('-')}-{__version__}.json"
+    """The table of a GPU in a folder."""
+    return store.path(folder, device.name)
+
+
+@lru_cache(maxsize=64)
+def _held(gpu: Gpu) -> list[tuple[dict[str, Entry], str]]:
+    """What the files of the GPU hold, each with whose it is, without those that hold nothing; read until `forget`."""
+    folders = ((store.user_folder(), "the user's table"), (SHIPPED, "the library's table"))
+    tables = [(_load(store.path(folder, gpu[0]), gpu), origin) for folder, origin in folders if folder is not None]
+    return [(entries, origin) for entries, origin in tables if entries]
 
 
 def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) -> Path | None:
@@ -134,85 +121,32 @@ def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) 
     """
     for entry in entries.values():
         entry.check()
-    folder = folder or user_folder()
+    folder = folder or store.user_folder()
     if folder is None:
-        _tell("write", Path(), "tuned plans are not kept: there is no home folder, set TRITONBN_CACHE_DIR")
+        store.tell("write", Path(), "tuned plans are not kept: there is no home folder, set TRITONBN_CACHE_DIR")
         return None
     file = path(folder, device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file):
-            _write(file, device, _load(file, device.gpu) | entries)
+        with store.locked(file):
+            held = _load(file, device.gpu) | entries
+            rows = {n: e.choice._asdict() | {"us": e.us, "before_us": e.before_us} for n, e in sorted(held.items())}
+            store.write(file, store.header(FORMAT, device.gpu), {"plans": rows})
     except OSError as error:
-        _tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
+        store.tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
         return None
-    _read.cache_clear()
+    _held.cache_clear()
     changed(written=True)
     return file
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Alone among the processes that write this file."""
-    with file.with_suffix(".lock").open("w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _load(file: Path, gpu: Gpu) -> dict[str, Entry]:
+    """The entries of a file; none if there is no such file, or it is not what it should be."""
+    return store.read(file, store.header(FORMAT, gpu), "table of tuned plans", _parse) or {}
 
 
-def _write(file: Path, device: Device, entries: dict[str, Entry]) -> None:
-    rows = {n: e.choice._asdict() | {"us": e.us, "before_us": e.before_us} for n, e in sorted(entries.items())}
-    content = {"format": FORMAT, "tritonbn": __version__, "gpu": device.name, "sms": device.sms, "plans": rows}
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-", suffix=".json")
-    try:
-        with os.fdopen(handle, "w") as temporary:
-            json.dump(content, temporary, indent=1)
-        Path(name).chmod(0o644)
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-@lru_cache(maxsize=64)
-def _read(file: Path, gpu: tuple[str, int]) -> dict[str, Entry]:
-    """`_load`, once."""
-    return _load(file, gpu)
-
-
-def _load(file: Path, gpu: tuple[str, int]) -> dict[str, Entry]:
-    """The entries of a file, empty if there is none; with a warning, once, if it is not what it should be."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        return _ignored(file, str(error))
-    try:
-        content = json.loads(text)
-        for name, expected in (
-            ("format", FORMAT),
-            ("tritonbn", __version__),
-            ("gpu", gpu[0]),
-            ("sms", gpu[1]),
-        ):
-            if content[name] != expected or type(content[name]) is not type(expected):
-                return _ignored(file, f"expected {name} {expected!r}, got {content[name]!r}")
-        return {str(name): _entry(row) for name, row in content["plans"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return _ignored(file, f"{type(error).__name__}: {error}")
-
-
-def _ignored(file: Path, why: str) -> dict[str, Entry]:
-    _tell("read", file, f"the table of tuned plans {file} is ignored: {why}")
-    return {}
-
-
-def _tell(what: str, file: Path, message: str) -> None:
-    """Warn, but once per file."""
-    if (what, file) not in _told:
-        _told.add((what, file))
-        warnings.warn(message, stacklevel=3)
+def _parse(content: Any) -> dict[str, Entry]:
+    return {str(name): _entry(row) for name, row in content["plans"].items()}
 
 
 def _entry(row: dict[str, Any]) -> Entry:

@@ -8,6 +8,8 @@ one graph captured on one stream, which also run one after the other. They retur
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -38,7 +40,10 @@ class Reserve:
     def lend(self, graph: Any, stream: int, purpose: Purpose, counters: int) -> Tensor | None:
         """Zeroed counters for calls of a graph on a stream (no graph: for one call only); None if none are left."""
         if graph is None:
-            return self._take(counters)
+            taken = self._take(counters)
+            if taken is not None and hasattr(_here, "lent"):
+                _here.lent.append((self, taken))
+            return taken
         if id(graph) not in self.lent:
             self.lent[id(graph)] = {}
             weakref.finalize(graph, self._end, id(graph)).atexit = False
@@ -71,6 +76,7 @@ _pool: dict[tuple[torch.device, int, Purpose], Tensor] = {}
 _partials: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
 _reserves: dict[torch.device, Reserve] = {}
 _lock = threading.RLock()  # a graph may go, in this thread, while another one is lent counters
+_here = threading.local()  # lent: to graphs that this thread captured, see `returned`
 
 
 def forget() -> None:
@@ -155,6 +161,27 @@ def _lasting(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     zeros, event = done
     torch.cuda.current_stream(device).wait_event(event)
     return zeros  # type: ignore[no-any-return]
+
+
+@contextmanager
+def returned(device: torch.device) -> Iterator[None]:
+    """Afterwards nothing is kept, nor lent, for what this thread ran inside on streams of its own; its graphs are gone.
+
+    Their counters come back by themselves where torch tells which graph is captured.
+    """
+    memories: tuple[dict[Any, Tensor], ...] = (_pool, _partials)
+    before = [set(memory) for memory in memories]
+    _here.lent = []
+    try:
+        yield
+    finally:
+        with _lock:
+            for memory, keys in zip(memories, before, strict=True):
+                for key in [key for key in memory if key[0] == device and key not in keys]:
+                    del memory[key]
+            for reserve, block in _here.lent:
+                reserve.returned.append(block)
+        del _here.lent
 
 
 def _capturing(device: torch.device) -> bool:

@@ -43,6 +43,21 @@ def slots_for(input_bytes: int, l2_bytes: int) -> int:
     return max(1, min(MOST_CALLS, -(-COLD * l2_bytes // input_bytes)))
 
 
+def gpu(what: str, device: torch.device | str | None) -> torch.device:
+    """The GPU, with its number, on which `what` is to measure; by default the current one.
+
+    Raises RuntimeError without a GPU and under CUDA graph capture, ValueError for other devices.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"{what} measures on a GPU, but torch.cuda.is_available() is False")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} cannot run while a CUDA graph is captured")
+    where = torch.device("cuda" if device is None else device)
+    if where.type != "cuda":
+        raise ValueError(f"{what} measures on a GPU, but got the device {where}")
+    return torch.device("cuda", torch.cuda.current_device()) if str(where) == "cuda" else where
+
+
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
     """A stream for everything: graphs cannot be captured on the default one, and autograd returns to the forward's."""
@@ -93,7 +108,8 @@ def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     """The work as a graph, None if it cannot be captured; what it allocates lives as long as the graph."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # What other threads do meanwhile, such as to pin memory, is no part of it and no error.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             work()
     except torch.OutOfMemoryError:
         raise

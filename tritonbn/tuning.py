@@ -14,24 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from triton.errors import TritonError
 
-from tritonbn import handles, launch, model, planning, tables, timing
-from tritonbn.activations import IDENTITY, resolve
+from tritonbn import model, plan_timing, planning, store, tables, timing
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device
 from tritonbn.layers import Layer, layers_of
 from tritonbn.plan import make_plan
+from tritonbn.plan_timing import Measure
 from tritonbn.tables import Entry
 
 # A challenger must be faster by so much than what there is: less is noise.
 MARGIN = 1.03
-SAMPLES = 10
-LEAST_SECONDS = 2e-6  # of any kernel
 
 OPERATIONS: tuple[Operation, ...] = ("forward", "backward")
 
-Measure = Callable[[Plan], float | None]
 Progress = Callable[[int, int, str], None]
 
 
@@ -87,14 +83,14 @@ def tune(
     Raises RuntimeError without a GPU or under CUDA graph capture, ValueError for a model without tritonbn modules and
     for shapes and dtypes that the kernels do not take. Tensors of the model are not touched: random ones are timed.
     """
-    _gpu(device)  # before the model runs
+    timing.gpu("tune", device)  # before the model runs
     if isinstance(model_or_shapes, nn.Module):
         layers = [layer for called in layers_of(model_or_shapes, inputs, {}).values() for layer in called]
     else:
         layers = [Layer(tuple(shape), dtype, memory_format) for shape in model_or_shapes]
     if device is None:
         device = next((layer.device for layer in layers if layer.device and layer.device.type == "cuda"), None)
-    folder = tables.user_folder() if save else None
+    folder = store.user_folder() if save else None
     shown = _line if progress is True else progress or None
     return tune_layers(layers, device, again=again, folder=folder, budget=budget, progress=shown)
 
@@ -110,21 +106,10 @@ def tune_layers(
     keep: Callable[[Tuned], None] | None = None,
 ) -> list[Tuned]:
     """`tune` for layers, with the folder that the table is in, or None; keep: called with each result at once."""
-    where = _gpu(device)
+    where = timing.gpu("tune", device)
     gpu = planning.device_of(where)
     with torch.cuda.device(where), timing.measuring(where):
         return tune_problems(problems(layers, gpu, again), gpu, _timer(where), folder, budget, progress, keep)
-
-
-def _gpu(device: torch.device | str | None) -> torch.device:
-    if not torch.cuda.is_available():
-        raise RuntimeError("tune measures on a GPU, but torch.cuda.is_available() is False")
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tune cannot run while a CUDA graph is captured")
-    where = torch.device("cuda" if device is None else device)
-    if where.type != "cuda":
-        raise ValueError(f"tune measures on a GPU, but got the device {where}")
-    return torch.device("cuda", torch.cuda.current_device()) if str(where) == "cuda" else where
 
 
 def problems(layers: Iterable[Layer], device: Device, again: bool) -> dict[Problem, Layer]:
@@ -200,51 +185,12 @@ def tune_problem(problem: Problem, device: Device, measure: Measure) -> Tuned | 
 
 
 def _timer(device: torch.device) -> Callable[[Problem, Layer], Measure]:
-    """Times plans cold, in CUDA graphs, on random tensors; None for those that spill or cannot run."""
     gpu = planning.device_of(device)
 
     def prepare(problem: Problem, layer: Layer) -> Measure:
-        slots = timing.slots_for(problem.data, gpu.l2_bytes)
-        call = _call(problem, layer, slots, device)
-        least = max(LEAST_SECONDS, problem.operands * problem.data / gpu.bandwidth)
-
-        def measure(plan: Plan) -> float | None:
-            try:
-                call(plan, 0)  # compiles
-            except TritonError:  # too much shared memory, say
-                return None
-            # Of launches that are Triton's own, as in the interpreter, spills are not known; of a plan whose programs
-            # wait for each other neither, if they do not fit the GPU at a time: others ran.
-            spills = handles.spills(plan)
-            if spills or (spills is None and plan.cooperative):
-                return None
-            return timing.measure(lambda slot: call(plan, slot), slots, device, least, SAMPLES).us
-
-        return measure
+        return plan_timing.measure_of(problem, lambda: layer.empty(device), device, gpu)
 
     return prepare
-
-
-def _call(problem: Problem, layer: Layer, slots: int, device: torch.device) -> Callable[[Plan, int], object]:
-    """The operation by a plan on the tensors of a slot."""
-    C = layer.shape[1]
-    generator = torch.Generator(device).manual_seed(0)  # not the one whose state belongs to the user
-    backwards = problem.operation == "backward"
-    xs = [layer.empty(device).normal_(generator=generator) for _ in range(slots)]
-    dys = [layer.empty(device).normal_(generator=generator) for _ in range(slots if backwards else 0)]
-    kind = launch.arithmetic_dtype(xs[0])
-    weight, bias, mean, var = (torch.ones(C, dtype=kind, device=device) for _ in range(4))
-    activation = resolve("silu") if problem.costly else IDENTITY
-
-    def forward(plan: Plan, slot: int) -> object:
-        return launch.forward(xs[slot], None, weight, bias, mean, var, None, 0.1, 1e-5, planned=plan)
-
-    def backward(plan: Plan, slot: int) -> object:
-        saved = launch.Saved(xs[slot], weight, bias if problem.costly else None, None, None, mean, var)
-        wanted = (True, True, True, False)
-        return launch.backward(dys[slot], saved, True, activation, kind, wanted, planned=plan)
-
-    return backward if backwards else forward
 
 
 def _line(done: int, total: int, text: str) -> None:

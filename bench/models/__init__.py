@@ -33,7 +33,8 @@ from bench.models.settings import Setting, add_choices, fill_in, settings
 from bench.models.steps import LEARNING_RATE, MOMENTUM
 from bench.timing import copy_bandwidth
 from tritonbn import launch, planning
-from tritonbn.tables import SHIPPED, path, user_folder
+from tritonbn.store import user_folder
+from tritonbn.tables import SHIPPED, path
 from tritonbn.timing import SAMPLES, measuring
 
 STEPS, FEW_STEPS = 60, 10

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tritonbn.kernels.cooperative import slot_barrier
+from .cooperative import slot_barrier
 
 
 @triton.jit
