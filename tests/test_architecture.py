@@ -38,7 +38,7 @@ ORDER = [
     "operators",
     "autograd",
     "dispatch",
-    "calibrate",
+    "calibrating",
     "plan_timing",
     "probes",
     "timing",

@@ -1,6 +1,5 @@
 """Calibration with made-up figures, so that it is known what follows from them; on a GPU with real ones too."""
 
-import importlib
 import json
 import logging
 import os
@@ -16,13 +15,12 @@ import pytest
 import torch
 
 import tritonbn
+from tritonbn import calibrating as calibrate
 from tritonbn import calibration, launch, model, planning, store, tables, timing
 from tritonbn.choice import Plan, Problem
 from tritonbn.device import Constants, Device
 from tritonbn.plan import make_plan
 from tritonbn.probes import Probe
-
-calibrate: Any = importlib.import_module("tritonbn.calibrate")  # the package holds the function of that name
 
 CUDA = torch.device("cuda", 0)
 L2 = 50 << 20

@@ -16,7 +16,7 @@ from torch.func import functional_call
 import tritonbn
 from tests.launches import recorded
 from tests.parity import random
-from tritonbn import dispatch, handles, launch, planning, private, reference, tickets
+from tritonbn import calibrating, dispatch, handles, launch, planning, private, reference, tickets
 from tritonbn.activations import resolve
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced
@@ -223,6 +223,22 @@ def test_calls_that_are_no_loss_are_not_told(device: torch.device, recwarn: pyte
     assert not [w for w in recwarn if "tritonbn" in str(w.message)]
 
 
+def test_the_first_training_calls_of_a_sort_calibrate_and_no_others(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code and calls that were planned do not ask; what is measured holds for the call itself."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(calibrating, "on_first_call", asked.append)
+    x = torch.randn(6, 3, device=device)
+    batch_norm(x, torch.zeros(3, device=device), torch.ones(3, device=device))
+    assert not asked
+    for _ in range(3):
+        batch_norm(x, None, None, training=True)
+    assert asked == [x.device]
+    torch.compile(lambda t: batch_norm(t, None, None, training=True), backend="aot_eager")(x)
+    assert asked == [x.device]
+
+
 # Counter and average in the kernels.
 
 
@@ -307,7 +323,7 @@ STUBBED = """
 import threading, warnings
 import torch, tritonbn
 from bench.stub import StubDriver, active
-from tritonbn import dispatch, handles, launch, planning
+from tritonbn import calibrating, dispatch, handles, launch, planning
 from tritonbn.device import H200
 from tritonbn.functional import batch_norm
 from tritonbn.plan import forced

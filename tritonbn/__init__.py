@@ -1,7 +1,7 @@
 """Batch normalization in Triton: a drop-in for torch's, forward and backward."""
 
 from tritonbn import functional
-from tritonbn.calibrate import autotune, calibrate
+from tritonbn.calibrating import autotune, calibrate
 from tritonbn.explain import explain
 from tritonbn.fold import fold
 from tritonbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from tritonbn import autograd, dispatch, launch, operators, private
+from tritonbn import autograd, calibrating, dispatch, launch, operators, private
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
 from tritonbn.dispatch import DTYPES, SYMBOLIC, Call, Tensors
 
@@ -144,7 +144,11 @@ def _compute(tensors: Tensors, training: bool, momentum: Any, eps: Any, activati
     if call.reason:
         return _by_torch(tensors, training, momentum, eps, activation, call.reason)
     statistics = running_mean, running_var, counter, training, momentum, eps, activation
-    if call is SYMBOLIC or private.dispatch_modes():
+    if call is SYMBOLIC:
+        return operators.apply(input, weight, bias, residual, statistics)
+    if training and not call.planned:
+        calibrating.on_first_call(input.device)
+    if private.dispatch_modes():
         return operators.apply(input, weight, bias, residual, statistics)
     return autograd.batch_norm(input, weight, bias, residual, statistics, call)
 
