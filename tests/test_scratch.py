@@ -96,3 +96,22 @@ def test_captured_calls_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> No
     assert (second.numel(), second.storage_offset()) == (8, 8)
     assert third is None
     assert tickets._reserved(torch.device("meta"), 1) is None
+
+
+def test_what_was_kept_or_reserved_inside_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before stays, and counters of graphs that are gone are those of the next one."""
+    device = torch.device("cpu")
+    x = torch.empty(4)
+    monkeypatch.setattr(tickets, "_pool", {})
+    monkeypatch.setattr(tickets, "_partials", {})
+    monkeypatch.setattr(tickets, "_reserve", {device: (torch.zeros(64, dtype=torch.int32), 8)})
+    before = tickets.scratch(x, 10, torch.float32, "tickets", 4, pooled=True)
+    with tickets.returned(device):
+        monkeypatch.setattr(tickets, "_stream", lambda x: 7)
+        tickets.scratch(x, 10, torch.float32, "tickets", 4, pooled=True)
+        assert tickets._reserved(device, 16) is not None
+        assert (len(tickets._pool), tickets._reserve[device][1]) == (2, 24)
+    monkeypatch.setattr(tickets, "_stream", lambda x: 0)
+    after = tickets.scratch(x, 10, torch.float32, "tickets", 4, pooled=True)
+    assert [t.data_ptr() for t in after] == [t.data_ptr() for t in before]
+    assert (len(tickets._pool), len(tickets._partials), tickets._reserve[device][1]) == (1, 1, 8)
