@@ -24,6 +24,7 @@ LANGUAGE = {of: dict(vars(of)) for of in (tl, tl.core, tl.math, tl.tensor, tl.dt
 # Nothing that is planned from here on reads or writes the user's measured plans, nor do processes that a test starts.
 CACHE = tempfile.TemporaryDirectory(prefix="tritonbn-tests-")
 os.environ["TRITONBN_CACHE_DIR"] = CACHE.name
+os.environ["TRITONBN_AUTOTUNE"] = "0"  # nor measures a GPU, unless that is what is tested
 
 
 def pytest_unconfigure() -> None:

@@ -481,7 +481,7 @@ def test_on_a_gpu() -> None:
     found = constants()
     assert found is not None
     assert found.waiting
-    assert len(found.factors) > 20
+    assert len(found.factors) >= 16
     assert torch.equal(torch.cuda.get_rng_state(), random)
     assert torch.cuda.current_stream() == stream
     assert torch.cuda.memory_allocated() <= before + (8 << 20)

@@ -210,3 +210,24 @@ def test_memory_is_of_no_pool_of_the_thread() -> None:
         segments = pool.snapshot()  # type: ignore[no-untyped-call]
     ranges = [(s["address"], s["address"] + s["total_size"]) for s in segments]
     assert not any(low <= t.data_ptr() < high for t in kept for low, high in ranges)
+
+
+def test_what_was_kept_or_lent_inside_is_given_back(capture: Capture) -> None:
+    """What was there before stays, and counters of graphs that are gone are those of the next one."""
+    device = torch.device("cpu")
+    reserve, before = tickets._reserves[device], capture.counters(4, None)
+    with tickets.returned(device):
+        other = capture.counters(4, None, stream=7)
+        lent = capture.counters(16, ...)  # of a graph that torch does not tell
+        assert len(tickets._pool) == 2
+    assert other is not before
+    assert capture.counters(4, None) is before
+    assert (len(tickets._pool), len(tickets._partials)) == (1, 1)
+    assert capture.counters(16, ...).data_ptr() == lent.data_ptr()
+    used = reserve.used
+    with tickets.returned(device):
+        for _ in range(3):
+            graph = Graph()
+            capture.counters(4, graph)
+            del graph
+    assert reserve.used <= used + LEAST_CAPTURED

@@ -87,8 +87,9 @@ def autotune(enabled: bool) -> None:
 def calibrate(device: torch.device | str | None = None, save: bool = True) -> Constants:
     """Measure what plans are made of on a GPU that is otherwise idle, and have them follow from it.
 
-    About a second, and some more to compile the kernels where Triton has not done so before. It runs by itself at the
-    first training call, see `autotune`; this is to do it now, and again.
+    Some 45 measurements of a few hundredths of a second each, in memory for about 15 times L2, and some seconds to
+    compile the kernels where Triton has not done so before. It runs by itself at the first training call, see
+    `autotune`; this is to do it now, and again.
 
     Args:
         device: the GPU, by default the current one.
@@ -214,7 +215,8 @@ def timers(device: torch.device, gpu: Device) -> tuple[TimeProbe, TimePlan]:
         N, C, S = problem.shape
         shape = (N, C) if problem.layout == "rows" else (N, C, S)
         make = lambda: torch.empty(shape, dtype=torch.bfloat16, device=device)  # noqa: E731
-        return plan_timing.measure_of(problem, make, device, gpu, SAMPLES)(plan)
+        least = max(plan_timing.LEAST_SECONDS, model.predicted(plan, problem, gpu) / 2)
+        return plan_timing.measure_of(problem, make, device, gpu, SAMPLES, least)(plan)
 
     return time_probe, time_plan
 

@@ -14,8 +14,8 @@ _measured: dict[Gpu, Constants] = {}
 
 def find(device: Device) -> Constants | None:
     """What was measured on a GPU like that, by this process or by another one; None if nothing was."""
-    if (here := _measured.get(device.gpu)) is not None:
-        return here
+    if (constants := _measured.get(device.gpu)) is not None:
+        return constants
     folder = store.user_folder()
     return None if folder is None else _read(path(folder, device), device.gpu)
 

@@ -199,8 +199,8 @@ def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
 
 def kind(plan: Plan, problem: Problem, device: Device) -> str:
     """What a measured factor holds for: path, layout and direction, apart for what L2 holds with what is written."""
-    held = (problem.operands + 1) * problem.data <= device.l2_bytes
-    return f"{plan.path}/{problem.layout}/{problem.operation}/{'L2' if held else 'memory'}"
+    size = (problem.operands + 1) * problem.data
+    return f"{plan.path}/{problem.layout}/{problem.operation}/{'L2' if size <= device.l2_bytes else 'memory'}"
 
 
 def seconds(plan: Plan, problem: Problem, device: Device) -> float:

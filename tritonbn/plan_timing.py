@@ -18,14 +18,21 @@ Measure = Callable[[Plan], float | None]
 Make = Callable[[], Tensor]
 
 
-def measure_of(problem: Problem, make: Make, device: torch.device, gpu: Device, samples: int = SAMPLES) -> Measure:
+def measure_of(
+    problem: Problem,
+    make: Make,
+    device: torch.device,
+    gpu: Device,
+    samples: int = SAMPLES,
+    least: float = LEAST_SECONDS,
+) -> Measure:
     """Microseconds of plans for a problem; None for those that spill or cannot run. On CUDA within `measuring`.
 
-    make: a new tensor of the problem, unset.
+    make: a new tensor of the problem, unset.  least: seconds that each plan takes at the least.
     """
     slots = timing.slots_for(problem.data, gpu.l2_bytes)
     call = operation(problem, make, slots)
-    least = max(LEAST_SECONDS, problem.operands * problem.data / gpu.constants.bandwidth)
+    least = max(least, problem.operands * problem.data / gpu.constants.bandwidth)
 
     def measure(plan: Plan) -> float | None:
         try:

@@ -91,7 +91,7 @@ def waiting(programs: int, rounds: int) -> Work:
     return work
 
 
-LAUNCH = Probe("launch", 4, empty)
+LAUNCH = Probe("launch", 4, empty, slots=1)
 
 
 def in_cache(size: int) -> Probe:

@@ -75,13 +75,13 @@ def find(problem: Problem, device: Device) -> list[tuple[Choice, str]]:
     A choice may be one that cannot run here: of a near size, or of a process that was alone on the GPU.
     """
     gpu = device.gpu
-    held = _held(gpu)
-    if not (_tuned or held):
+    files = _files(gpu)
+    if not (_tuned or files):
         return []
     name, found = key(problem), []
     if (tuned := _tuned.get((gpu, name))) is not None:
         found.append((tuned.choice, "tuned in this process"))
-    for entries, origin in held:
+    for entries, origin in files:
         if (entry := entries.get(name)) is not None:
             found.append((entry.choice, origin))
     return found
@@ -97,7 +97,7 @@ def forget() -> None:
     """Read files again, and drop what was tuned in this process."""
     _tuned.clear()
     store.forget()
-    _held.cache_clear()
+    _files.cache_clear()
     changed(written=True)
 
 
@@ -107,7 +107,7 @@ def path(folder: Path, device: Device) -> Path:
 
 
 @lru_cache(maxsize=64)
-def _held(gpu: Gpu) -> list[tuple[dict[str, Entry], str]]:
+def _files(gpu: Gpu) -> list[tuple[dict[str, Entry], str]]:
     """What the files of the GPU hold, each with whose it is, without those that hold nothing; read until `forget`."""
     folders = ((store.user_folder(), "the user's table"), (SHIPPED, "the library's table"))
     tables = [(_load(store.path(folder, gpu[0]), gpu), origin) for folder, origin in folders if folder is not None]
@@ -129,13 +129,13 @@ def save(device: Device, entries: dict[str, Entry], folder: Path | None = None) 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with store.locked(file):
-            held = _load(file, device.gpu) | entries
-            rows = {n: e.choice._asdict() | {"us": e.us, "before_us": e.before_us} for n, e in sorted(held.items())}
+            merged = sorted((_load(file, device.gpu) | entries).items())
+            rows = {n: e.choice._asdict() | {"us": e.us, "before_us": e.before_us} for n, e in merged}
             store.write(file, store.header(FORMAT, device.gpu), {"plans": rows})
     except OSError as error:
         store.tell("write", file, f"tuned plans are not kept: cannot write {file}: {error.strerror}")
         return None
-    _held.cache_clear()
+    _files.cache_clear()
     changed(written=True)
     return file
 
