@@ -11,7 +11,7 @@ import triton.language as tl
 from .backward import input_gradients_again, merge_sums, program_sums, store_parameter_gradients, store_partial_sums
 from .gradients import load_vectors
 from .normalize import normalize_again
-from .statistics import merge_statistics, program_statistics, ratio, store_partial, store_statistics
+from .statistics import count_batch, merge_statistics, program_statistics, ratio, store_partial, store_statistics
 from .tiles import channels, filled, load_scale, load_shift, tile_count
 
 
@@ -54,16 +54,18 @@ def cooperative_forward_kernel(
     n = filled(total, R, width, T).to(mean_ptr.dtype.element_ty)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, total)
-    for i in tl.range(0, tl.cdiv(groups - tl.program_id(0), tl.num_programs(0))):
-        group = tl.program_id(0) + i * tl.num_programs(0)
+    slot, slots = tl.program_id(0), tl.num_programs(0)
+    weight = count_batch(counter_ptr, slot, slots, tl.program_id(1) == 0, momentum, CUMULATIVE)
+    for i in tl.range(0, tl.cdiv(groups - slot, slots)):
+        group = slot + i * slots
         c, live = channels(group, C, width, T)
         k, delta, m2, first = program_statistics(x_ptr, group, t0, t1, R, C, width, T)
         store_partial(workspace_ptr, k, delta, m2, c, live, C)
         slot_barrier(semaphore_ptr)
         k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
         mean, rstd = store_statistics(
-            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live,
-            group, groups, tl.program_id(1) == 0, n, eps, momentum, CUMULATIVE,
+            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live & (tl.program_id(1) == 0),
+            n, eps, weight,
         )  # fmt: skip
         scale = load_scale(weight_ptr, rstd, c, live)
         shift = load_shift(bias_ptr, rstd, c, live)

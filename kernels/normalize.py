@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, upper
-from .statistics import program_statistics, reciprocal_std, store_statistics
+from .statistics import count_batch, program_statistics, reciprocal_std, store_statistics
 from .tiles import (
     channels,
     filled,
@@ -144,10 +144,10 @@ def forward_kernel(
     total = tile_count(R, width, T)
     k, delta, m2, first = program_statistics(x_ptr, group, 0, total, R, C, width, T)
     n = filled(total, R, width, T).to(m2.dtype)
+    weight = count_batch(counter_ptr, group, tl.num_programs(0), group >= 0, momentum, CUMULATIVE)
     mean, rstd = store_statistics(
-        mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live,
-        group, tl.num_programs(0), tl.program_id(1) == 0, n, eps, momentum, CUMULATIVE,
-    )  # fmt: skip
+        mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, weight
+    )
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
     normalize_again(

@@ -100,60 +100,47 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
 
 
 @triton.jit
-def count_batch(counter_ptr, group, owner):
-    """Add 1 to the counter [] int64, if there is one, by the owner of group 0."""
-    if counter_ptr is not None:
-        first = (group == 0) & owner
-        tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
+def count_batch(counter_ptr, i, n, mine, momentum, CUMULATIVE: tl.constexpr):
+    """Add 1 to the counter [] int64; return the weight of this batch in the running statistics, fp64.
 
-
-@triton.jit
-def count_batches(counter_ptr, group, groups, owner):
-    """`count_batch`, and 1 / counter in fp64: the weight of this batch in the mean over all batches.
-
-    The owners of all groups read the counter, some before and some after group 0 has counted. So each adds a high digit
-    of 2^35, and group 0 takes all of them away again: what the low digits were follows from what any of them finds.
+    Called once for each i from 0 to n - 1, by programs that own it (mine). The weight is momentum, or 1 / counter where
+    CUMULATIVE, so that the running statistics are the mean over all batches. All n must find the same counter, though
+    some look before and some after it was changed. So each adds a high digit of 2^35, and 0 takes all of them away
+    again: what the low digits were follows from what any of them finds.
     """
-    DIGIT: tl.constexpr = 1 << 35
-    step = tl.where(group == 0, 1 - (groups - 1).to(tl.int64) * DIGIT, DIGIT)
-    before = tl.atomic_add(counter_ptr, step, mask=owner, sem="relaxed")
-    batches = (before & (DIGIT - 1)) + tl.where(before < 0, 0, 1)  # below 0: group 0 has counted
-    return ratio(tl.full([], 1.0, tl.float64), batches)
+    if CUMULATIVE:
+        DIGIT: tl.constexpr = 1 << 35
+        step = tl.where(i == 0, 1 - (n - 1).to(tl.int64) * DIGIT, DIGIT)
+        before = tl.atomic_add(counter_ptr, step, mask=mine, sem="relaxed")
+        batches = (before & (DIGIT - 1)) + tl.where(before < 0, 0, 1)  # below 0: 0 has counted
+        return ratio(tl.full([], 1.0, tl.float64), batches)
+    else:
+        if counter_ptr is not None:
+            first = (i == 0) & mine
+            tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
+        return tl.full([], 0.0, tl.float64) + momentum
 
 
 @triton.jit
-def update_running(running_mean_ptr, running_var_ptr, mean, var, weight, c, mine):
-    """running = (1 - weight) * running + weight * new of mean and (unbiased) var [BLOCK_G] where mine."""
+def store_statistics(
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, mine, n, eps, weight
+):  # fmt: skip
+    """Store mean and rstd, update the running statistics (unbiased variance) where mine; return (mean, rstd).
+
+    weight: of this batch in the running statistics, fp64.
+    """
+    mean = k + delta
+    rstd = reciprocal_std(ratio(m2, n), eps)
+    tl.store(mean_ptr + c, mean, mask=mine)
+    tl.store(rstd_ptr + c, rstd, mask=mine)
     if running_mean_ptr is not None:
         old = widen(tl.load(running_mean_ptr + c, mask=mine, other=0.0))
         new = old * (1.0 - weight) + mean * weight
         tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=mine)
     if running_var_ptr is not None:
         old = widen(tl.load(running_var_ptr + c, mask=mine, other=0.0))
-        new = old * (1.0 - weight) + var * weight
+        new = old * (1.0 - weight) + ratio(m2, n - 1.0) * weight
         tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=mine)
-
-
-@triton.jit
-def store_statistics(
-    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live, group, groups, owner,
-    n, eps, momentum, CUMULATIVE: tl.constexpr,
-):  # fmt: skip
-    """Store mean and rstd, update running statistics and counter, all by the `owner` of a group; return (mean, rstd).
-
-    The weight of this batch in the running statistics is momentum, or 1 / counter where CUMULATIVE.
-    """
-    mean = k + delta
-    rstd = reciprocal_std(ratio(m2, n), eps)
-    mine = live & owner
-    tl.store(mean_ptr + c, mean, mask=mine)
-    tl.store(rstd_ptr + c, rstd, mask=mine)
-    if CUMULATIVE:
-        weight = count_batches(counter_ptr, group, groups, owner)
-        update_running(running_mean_ptr, running_var_ptr, mean, ratio(m2, n - 1.0), weight, c, mine)
-    else:
-        count_batch(counter_ptr, group, owner)
-        update_running(running_mean_ptr, running_var_ptr, mean, ratio(m2, n - 1.0), momentum, c, mine)
     return mean, rstd
 
 
@@ -185,8 +172,8 @@ def statistics_kernel(
     if last:
         k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
         n = filled(total, R, width, T).to(m2.dtype)
+        weight = count_batch(counter_ptr, group, tl.num_programs(0), last, momentum, CUMULATIVE)
         store_statistics(
-            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, counter_ptr, k, delta, m2, c, live,
-            group, tl.num_programs(0), last, n, eps, momentum, CUMULATIVE,
-        )  # fmt: skip
+            mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, weight
+        )
         tl.store(ticket, 0)  # ready for the next launch or graph replay

@@ -269,7 +269,6 @@ def test_compiled(name: str, dynamic: bool, device: torch.device) -> None:
             ValueError,
             "dtype of the input, torch.float.., but got torch.*16",
         ),
-        ({"residual": torch.ones(16, 4, device="meta")}, ValueError, "device of the input, .*, but got meta"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -283,12 +282,26 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: st
     assert torch.equal(var, torch.ones_like(var))
 
 
-def test_a_residual_of_another_dtype_is_added_as_torch_adds_it(device: torch.device) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["kernels", "torch"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        pytest.param(Tensor.float, "the dtype of the input, torch.bfloat16, but got torch.float32", id="dtype"),
+        pytest.param(lambda r: r.to("meta"), "the device of the input, .*, but got meta", id="device"),
+    ],
+)
+def test_residuals_of_another_dtype_or_device(
+    change: Callable[[Tensor], Tensor], text: str, elsewhere: bool, device: torch.device
+) -> None:
+    """A clear error, whoever computes: torch's result would be of another dtype than the input."""
     x = torch.randn(16, 4, device=device).bfloat16()
-    residual = torch.randn(16, 4, device=device)
-    y = batch_norm(x, None, None, training=True, activation="relu", residual=residual)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, (nn.functional.batch_norm(x, None, None, training=True) + residual).relu())
+    x = x.as_subclass(nn.Buffer) if elsewhere else x
+    module = tritonbn.BatchNormAct1d(4).to(device)
+    for call in (partial(batch_norm, x, None, None, training=True, residual=change(x)), partial(module, x, change(x))):
+        with pytest.raises(ValueError, match=f"residual should have {text}"):
+            call()
+    assert module.num_batches_tracked is not None
+    assert module.num_batches_tracked.item() == 0, "what is rejected is not counted"
 
 
 ONES = ["relu", nn.ReLU(inplace=True), nn.ReLU, torch.relu, torch.relu_, nn.functional.relu, Tensor.relu]

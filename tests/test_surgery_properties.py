@@ -54,28 +54,28 @@ def _formulas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, momentum: float, eps: float, activation: Activation = IDENTITY, keep_bits: bool = False,
-    *_: object, plan: object = None,
+    var: Tensor | None, counter: Tensor | None, momentum: float | None, eps: float,
+    activation: Activation = IDENTITY, keep_bits: bool = False, *_: object,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """`launch.forward`."""
     with torch.no_grad():
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
-    return *_epilogue(y, residual, activation, keep_bits), *_statistics(y.new_zeros(1), y.new_zeros(1), eps)
+        if counter is not None:
+            counter.add_(1)
+        share = 1.0 / float(counter) if momentum is None and counter is not None else momentum
+        y = F.batch_norm(x, mean, var, weight, bias, True, share or 0.0, eps)
+    vectors = torch.zeros(2, x.shape[1], dtype=launch.arithmetic_dtype(x))
+    return *_epilogue(y, residual, activation, keep_bits), vectors[0], vectors[1] + eps
 
 
 def inference(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     eps: float, activation: Activation = IDENTITY, keep_bits: bool = False, *_: object,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """`launch.inference`."""
+    """`launch.inference`; what it returns as rstd is what `backward` takes for var."""
     with torch.no_grad():
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-    return *_epilogue(y, residual, activation, keep_bits), *_statistics(mean, var, eps)
-
-
-def _statistics(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What `backward` needs of them, in the place of mean and rstd."""
-    return mean.clone(), torch.stack([var.double(), torch.full_like(var, eps, dtype=torch.float64)]).detach()
+        kind = launch.arithmetic_dtype(x)
+        return *_epilogue(y, residual, activation, keep_bits), mean.to(kind, copy=True), var.to(kind) + eps
 
 
 def _epilogue(
@@ -85,7 +85,8 @@ def _epilogue(
     with torch.enable_grad():
         z = (y if residual is None else y + residual).detach().requires_grad_()
         y = activation.apply(z)
-        return y.detach(), torch.autograd.grad(y.sum(), z)[0] if keep_bits else None
+        bits = torch.autograd.grad(y.sum(), z)[0].contiguous().view(torch.uint8) if keep_bits else None
+        return y.detach(), bits
 
 
 def backward(
@@ -94,15 +95,18 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """`launch.backward`."""
     tensors: list[Any] = [t if t is None else t.detach() for t in saved]
-    x, weight, bias, residual, bits, mean, (var, eps) = tensors
+    x, weight, bias, residual, bits, mean, var = tensors  # var + eps, in training eps alone
     if bits is not None:
-        dy, activation = dy * bits, IDENTITY
+        dy, activation = dy * bits.view(dy.dtype), IDENTITY
     if bias is None:  # it is not saved where it is not needed
         bias = x.new_zeros(x.shape[1], dtype=parameter_dtype)
     leaves = [t if t is None else t.requires_grad_() for t in (x, weight, bias, residual)]
     with torch.enable_grad():
-        statistics: Any = (None, None) if training else (mean, var.to(mean.dtype))
-        y = F.batch_norm(x, statistics[0], statistics[1], weight, bias, training, 0.0, float(eps[0]))
+        if training:
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, float(var[0]))
+        else:
+            vectors: Any = (mean, var) if weight is None else (mean.to(weight.dtype), var.to(weight.dtype))
+            y = F.batch_norm(x, *vectors, weight, bias, False, 0.0, 0.0)
         y = activation.apply(y if residual is None else y + residual)
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     dx, dweight, dbias, dresidual = [None if leaf is None else next(found) for leaf in leaves]
@@ -200,7 +204,9 @@ class Side:
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         torch.set_grad_enabled(True)
         generators = torch.get_rng_state(), hash(random.getstate()), np.random.get_state(legacy=False)
-        messages = [str(warning.message) for warning in warned]
+        messages = [
+            str(warning.message) for warning in warned if "tritonbn: torch computes" not in str(warning.message)
+        ]
         return {"raised": raised, "printed": printed.getvalue(), "warned": messages, "modes": modes, "rng": generators}
 
     def observable(self) -> dict[str, Any]:

@@ -238,6 +238,7 @@ for _name, _real, _fake, _function in (
     ("batch_norm", batch_norm, _fake_batch_norm, _BatchNorm),
     ("batch_norm_backward", batch_norm_backward, _fake_batch_norm_backward, _BatchNormBackward),
 ):
-    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, private.untraced(_real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tritonbn::{_name}", _fake, lib=LIBRARY)
-    LIBRARY.impl(_name, _differentiable(getattr(torch.ops.tritonbn, _name).default, _function), "Autograd")
+    _differentiated = _differentiable(getattr(torch.ops.tritonbn, _name).default, _function)
+    LIBRARY.impl(_name, private.untraced(_differentiated), "Autograd")

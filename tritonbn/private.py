@@ -55,6 +55,7 @@ below_autograd = find(
     "torch:_C._AutoDispatchBelowAutograd", None, "torch computes batch norm in compiled code and under dispatch modes"
 )
 is_tracing = find("torch.jit:is_tracing", _yes, "torch computes batch norm")
+untraced = find("torch._compile:_disable_dynamo", lambda run: run, "torch.compile looks into operators, in vain")
 _suggested = find("torch:_prims_common.suggest_memory_format", None, "strided inputs are looked at more slowly")
 _keep_version = find(
     "torch.autograd.grad_mode:_unsafe_preserve_version_counter", None,
