@@ -105,8 +105,8 @@ def backward(
         if training:
             y = F.batch_norm(x, None, None, weight, bias, True, 0.0, float(var[0]))
         else:
-            vectors: Any = (mean, var) if weight is None else (mean.to(weight.dtype), var.to(weight.dtype))
-            y = F.batch_norm(x, *vectors, weight, bias, False, 0.0, 0.0)
+            kind = mean.dtype if weight is None else weight.dtype
+            y = F.batch_norm(x, mean.to(kind), var.to(kind), weight, bias, False, 0.0, 0.0)
         y = activation.apply(y if residual is None else y + residual)
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     dx, dweight, dbias, dresidual = [None if leaf is None else next(found) for leaf in leaves]
