@@ -1,7 +1,7 @@
 """The model behind the plans: candidates by value, and times that no plan can beat."""
 
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, get_args
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.sound import assert_sound
 from tritonbn import model
 from tritonbn.choice import LARGEST_TILE, Choice, Path, Plan, Problem, build
-from tritonbn.device import H200, KNOWN, Device
+from tritonbn.device import H200, KNOWN, Constants, Device
 from tritonbn.model import best, neighbours, plans_for, seconds
 from tritonbn.plan import forced, make_plan
 from tritonbn.traffic import Operands, floor_bytes
@@ -220,3 +220,31 @@ def test_splits_are_the_fewest_that_fill_whole_waves(groups: int, tiles: int, sm
     candidates = range(1, min(tiles, max(4, 8 * sms // groups)) + 1)
     expected = next((splits for splits in candidates if use(splits) >= 0.95), max(candidates, key=use))
     assert model._splits(groups, tiles, Device("x", sms)) == expected
+
+
+KINDS = [
+    f"{path}/{layout}/{operation}/{size}"
+    for path in get_args(Path)
+    for layout in ("rows", "planes")
+    for operation in ("forward", "backward")
+    for size in ("L2", "memory")
+]
+measurements = st.builds(
+    Constants, st.floats(1e11, 1e13), st.floats(1e-6, 1e-5), st.floats(1e-7, 1e-5), st.floats(0.5, 5), st.floats(0, 1),
+    st.dictionaries(st.sampled_from(KINDS), st.floats(0.3, 3)).map(lambda found: tuple(found.items())), st.just(True),
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(problem=problems(), device=devices, constants=measurements)
+def test_no_plan_that_was_not_built_would_have_been_better(
+    problem: Problem, device: Device, constants: Constants
+) -> None:
+    """Of all that there are, those of waiting paths only if measured, and with doubt."""
+    device = replace(device, measured=constants)
+
+    def time(plan: Plan) -> float:
+        known = not plan.cooperative or model.kind(plan.path, problem, device) in device.factors
+        return seconds(plan, problem, device) * (model.DOUBT if plan.cooperative else 1) if known else inf
+
+    assert time(best(problem, device)) == min(map(time, plans_for(problem, device)))

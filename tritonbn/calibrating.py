@@ -250,7 +250,7 @@ def measured(gpu: Device, time_probe: TimeProbe, time_plan: TimePlan) -> Constan
                     continue
                 us = time_plan(problem, plan)
                 if us is not None:
-                    kind = model.kind(plan, problem, device)
+                    kind = model.kind(path, problem, device)
                     factors[kind] = 1e-6 * us / model.predicted(plan, problem, device)
     return constants._replace(factors=tuple(factors.items()), waiting=gpu.cooperative)
 

@@ -163,7 +163,7 @@ class Plan:
             return "plane"
         return "column" if self.tile.SPAN * self.tile.FOLD == 1 else "folded"
 
-    @cached_property
+    @property
     def access_bits(self) -> int:
         """Bits of the tiles' loads and stores, for 16-byte aligned tensors."""
         return min(128, 8 * self.itemsize * self.tile.V)
@@ -192,13 +192,23 @@ class Plan:
         )
 
 
-def cut(problem: Problem, block_r: int, block_l: int) -> tuple[Tile, int, int]:
-    """The tile with these blocks cut to the problem's size, its channel groups, and the tiles of a group.
+class Cut(NamedTuple):
+    """A problem in tiles."""
+
+    tile: Tile
+    width: int
+    rows: int
+    groups: int  # of channels
+    tiles: int  # of a group
+
+
+def cut(problem: Problem, block_r: int, block_l: int) -> Cut:
+    """The problem in tiles with these blocks, cut to its size.
 
     Raises ValueError where blocks of lanes would share a byte of packed bits.
     """
-    tile = problem.geometry[0]
     N, C, positions = problem.view
+    tile, width = geometry(N, C, positions, problem.itemsize)
     rows = N // tile.FOLD
     block_r = min(block_r, power_of_two(rows))
     lanes = power_of_two(positions if tile.GROUP == 1 else C)
@@ -213,7 +223,7 @@ def cut(problem: Problem, block_r: int, block_l: int) -> tuple[Tile, int, int]:
         group = block_g = block_l = min(block_l, lanes)
     extent = positions if group == 1 else group * tile.SPAN * tile.FOLD
     tiles = -(-rows // block_r) * -(-extent // block_l)
-    return Tile(group, *tile[1:4], block_r, block_l, block_g, tile.BLOCK_F), -(-C // group), tiles
+    return Cut(Tile(group, *tile[1:4], block_r, block_l, block_g, tile.BLOCK_F), width, rows, -(-C // group), tiles)
 
 
 def build(problem: Problem, choice: Choice) -> Plan:
@@ -221,8 +231,10 @@ def build(problem: Problem, choice: Choice) -> Plan:
 
     Raises ValueError where the choice cannot run it, such as a slice that its tile does not hold.
     """
-    tile, groups, tiles = cut(problem, choice.block_r, choice.block_l)
-    most = min(tiles, GRID_LIMIT, (1 << 31) // (3 * problem.view[1]))  # the workspace [splits, 3, C] has 32-bit indices
+    tile, width, rows, groups, tiles = cut(problem, choice.block_r, choice.block_l)
+    most = min(
+        tiles, GRID_LIMIT, (1 << 31) // (3 * problem.shape[1])
+    )  # the workspace [splits, 3, C] has 32-bit indices
     splits = 1 if choice.path == "single" else min(choice.splits, most)
     reduce_tiles = -(-tiles // splits)
     resident = choice.path != "split" and reduce_tiles == 1
@@ -235,8 +247,8 @@ def build(problem: Problem, choice: Choice) -> Plan:
         *problem[:2],
         choice.path,
         *problem[2:4],
-        problem.rows,
-        problem.geometry[1],
+        rows,
+        width,
         Tile(*tile[:8], ONCE=resident, STAGES=choice.stages),
         choice.num_warps,
         groups,

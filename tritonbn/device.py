@@ -51,6 +51,11 @@ class Device:
         """What was measured, or else is assumed."""
         return self.measured or Constants(self.bandwidth)
 
+    @cached_property
+    def factors(self) -> dict[str, float]:
+        """Of the constants: measured time by predicted time."""
+        return dict(self.constants.factors)
+
     @property
     def gpu(self) -> tuple[str, int]:
         """What measurements hold for: the name and the number of multiprocessors."""

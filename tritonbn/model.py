@@ -5,9 +5,10 @@ Its constants are those of the device: estimates, or what `tritonbn.calibrate` m
 kind of plans missed its prediction. `tritonbn.tune` replaces what follows from all of them by measurements of a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
+from operator import itemgetter
 
 from tritonbn.choice import Choice, Path, Plan, Problem, build, cut
 from tritonbn.device import Device
@@ -16,6 +17,7 @@ from tritonbn.geometry import (
     NARROW_BYTES_PER_THREAD,
     RESIDENT_BYTES,
     WARPS,
+    geometry,
     power_of_two,
 )
 
@@ -36,6 +38,7 @@ APPLY_TILES = 4
 # Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
 # measured: an A100 has 163 KiB, and reductions need some as well.
 LARGEST_STAGES = 144 << 10
+WAITING: tuple[Path, ...] = ("cooperative", "stream")  # paths whose programs wait for each other
 FIRST = 8  # plans of the first round of tuning, beside the best of each path
 # What `neighbours` change beside the tile; a cooperative program has one tile, so that its splits follow.
 TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "stream": ("splits", "slots")}
@@ -48,15 +51,33 @@ def best(problem: Problem, device: Device, path: Path | None = None, splits: int
     Of paths whose programs wait for each other only if they are asked for, or were measured on the device. Raises
     ValueError where the path cannot run the problem on the device.
     """
-    plans = plans_for(problem, device, splits, waiting=path is not None or device.constants.waiting)
     if path is None:
-        factors = dict(device.constants.factors)
-        chosen = [plan for plan in plans if not plan.cooperative or kind(plan, problem, device) in factors]
+        timed = [(seconds(plan, problem, device), plan) for plan in plans_for(problem, device, splits, waiting=False)]
+        timed += _promising(problem, device, splits, min(time for time, _ in timed))
     else:
-        chosen = [plan for plan in plans if plan.path == path]
-    if not chosen:
+        plans = (plan for plan in plans_for(problem, device, splits) if plan.path == path)
+        timed = [(seconds(plan, problem, device), plan) for plan in plans]
+    if not timed:
         raise ValueError(f"path {path} cannot run {problem.operation} of {list(problem.shape)} on {device.name}")
-    return min(chosen, key=lambda plan: seconds(plan, problem, device) * (DOUBT if plan.cooperative else 1.0))
+    return min(timed, key=itemgetter(0))[1]
+
+
+def _promising(problem: Problem, device: Device, splits: int | None, below: float) -> Iterator[tuple[float, Plan]]:
+    """Plans whose programs wait for each other, of paths that were measured, that take less than `below` seconds.
+
+    Each with its seconds, in which there is doubt.
+    """
+    if not (device.constants.waiting and device.cooperative) or problem.operation == "inference":
+        return
+    factors = {path: device.factors.get(kind(path, problem, device), inf) for path in WAITING}
+    if DOUBT * min(factors.values()) * _least(problem, device, 1, 1, device.sms) >= below:
+        return
+    for least, choice in sorted(_cooperative(problem, device, splits), key=itemgetter(0)):
+        if DOUBT * factors[choice.path] * least < below:  # else there is no need to build it
+            for plan in _built(problem, [choice]):
+                time = DOUBT * seconds(plan, problem, device)
+                below = min(below, time)
+                yield time, plan
 
 
 def plans_for(problem: Problem, device: Device, splits: int | None = None, waiting: bool = True) -> Iterator[Plan]:
@@ -64,7 +85,12 @@ def plans_for(problem: Problem, device: Device, splits: int | None = None, waiti
 
     waiting: also of paths whose programs wait for each other.
     """
-    for choice in _choices(problem, device, splits, waiting):
+    yield from _built(problem, _choices(problem, device, splits, waiting))
+
+
+def _built(problem: Problem, choices: Iterable[Choice]) -> Iterator[Plan]:
+    """The plans by those choices that can run the problem."""
+    for choice in choices:
         try:
             yield build(problem, choice)
         except ValueError:
@@ -86,7 +112,7 @@ def _choices(problem: Problem, device: Device, splits: int | None, waiting: bool
     if (resident := _resident(problem)) is not None:
         yield resident
     if waiting and device.cooperative:
-        yield from _cooperative(problem, device, splits)
+        yield from (choice for _, choice in _cooperative(problem, device, splits))
 
 
 def _streamed(problem: Problem, device: Device, narrow: bool = False) -> tuple[Choice, int, int]:
@@ -94,13 +120,14 @@ def _streamed(problem: Problem, device: Device, narrow: bool = False) -> tuple[C
 
     With the number of channel groups, and of tiles of each.
     """
-    tile, rows = problem.geometry[0], problem.rows
+    N, C, S = problem.view
+    tile = geometry(N, C, S, problem.itemsize)[0]
     wide = tile.V * problem.itemsize >= 8 and not problem.costly and not narrow
     per_thread = BYTES_PER_THREAD if wide else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * problem.itemsize
-    block_r = max(1, min(power_of_two(rows), 32 * WARPS * per_thread // row_bytes))
+    block_r = max(1, min(power_of_two(N // tile.FOLD), 32 * WARPS * per_thread // row_bytes))
     num_warps = max(1, min(WARPS, block_r * row_bytes // (32 * per_thread)))
-    _, groups, tiles = cut(problem, block_r, tile.BLOCK_L)
+    *_, groups, tiles = cut(problem, block_r, tile.BLOCK_L)
     apply_tiles = max(1, min(APPLY_TILES, tiles * groups // (4 * device.sms)))
     return Choice("split", block_r, tile.BLOCK_L, num_warps, 1, apply_tiles), groups, tiles
 
@@ -119,8 +146,11 @@ def _resident(problem: Problem) -> Choice | None:
     return Choice("single", block_r, block_l, num_warps)
 
 
-def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[Choice]:
-    """All of the tensor in registers at a time; or as many channel groups as L2 holds."""
+def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[tuple[float, Choice]]:
+    """All of the tensor in registers at a time; or as many channel groups as L2 holds.
+
+    Each with seconds that its plan takes at the least.
+    """
     # Tiles of several channels have more values per channel to keep: the backward's would spill, and those of fp64.
     narrow = problem.itemsize == 8 or (problem.operation == "backward" and problem.geometry[0].GROUP > 1)
     choice, groups, tiles = _streamed(problem, device, narrow)
@@ -129,12 +159,26 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
         return
     programs = programs_at_once(choice.num_warps, device)
     if tiles > 1 and groups * tiles <= programs:
-        yield choice._replace(path="cooperative", splits=tiles)
+        yield _least(problem, device, groups, groups, tiles), choice._replace(path="cooperative", splits=tiles)
     held = int(device.constants.l2_share * device.l2_bytes) // max(1, problem.operands * problem.data // groups)
     for slots in {1 << bit for bit in range(9)} | {groups}:
         share = splits or min(programs // slots, tiles)
         if slots <= min(held, groups) and slots * share <= programs and (share > 1 or splits):
-            yield choice._replace(path="stream", slots=slots, splits=share)
+            least = _least(problem, device, groups, slots, share)
+            yield least, choice._replace(path="stream", slots=slots, splits=share)
+
+
+def _least(problem: Problem, device: Device, groups: int, slots: int, splits: int) -> float:
+    """Less than what is predicted where programs wait: L2 serves all second readings, and merges are short."""
+    constants, rounds = device.constants, -(-groups // slots)
+    reach = min(1.0, SM_REACH * slots * splits / device.sms)
+    time = (problem.operands + 1) * problem.data / (constants.bandwidth * reach)
+    return 1.5 * constants.launch + rounds * slots / groups * time + _waits(rounds, slots) * constants.barrier
+
+
+def _waits(rounds: int, slots: int) -> float:
+    """Barriers that are waited for: while one slot waits, the programs of others work, if there are any."""
+    return rounds if slots == 1 else 1 + (rounds - 1) / 2
 
 
 def _splits(groups: int, tiles: int, device: Device) -> int:
@@ -197,17 +241,16 @@ def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
     yield from sorted(found, key=lambda near: seconds(near, problem, device))
 
 
-def kind(plan: Plan, problem: Problem, device: Device) -> str:
+def kind(path: Path, problem: Problem, device: Device) -> str:
     """What a measured factor holds for: path, layout and direction, apart for what L2 holds with what is written."""
     size = (problem.operands + 1) * problem.data
-    return f"{plan.path}/{problem.layout}/{problem.operation}/{'L2' if size <= device.l2_bytes else 'memory'}"
+    return f"{path}/{problem.layout}/{problem.operation}/{'L2' if size <= device.l2_bytes else 'memory'}"
 
 
 def seconds(plan: Plan, problem: Problem, device: Device) -> float:
     """The time that a plan should take on the device, between other kernels: predicted, times what was measured."""
     time = predicted(plan, problem, device)
-    factors = device.constants.factors
-    return time * dict(factors).get(kind(plan, problem, device), 1.0) if factors else time
+    return time * device.factors.get(kind(plan.path, problem, device), 1.0) if device.factors else time
 
 
 def predicted(plan: Plan, problem: Problem, device: Device) -> float:
@@ -219,7 +262,8 @@ def predicted(plan: Plan, problem: Problem, device: Device) -> float:
         waves = ceil(programs / programs_at_once(plan.num_warps, device))
         return constants.launch + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
     at_once = programs_at_once(plan.num_warps, device)
-    programs = plan.grid[0] * plan.grid[1]
+    together = plan.path in WAITING
+    programs = (plan.slots if together else plan.groups) * plan.splits
     merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
     waves = ceil(programs / at_once)
     if plan.path == "split":
@@ -231,17 +275,16 @@ def predicted(plan: Plan, problem: Problem, device: Device) -> float:
     again = 0.0 if plan.tile.ONCE else read * (1 - 1 / plan.reduce_tiles)
     live = min(programs, at_once) * read / (plan.groups * plan.splits)
     hits = again * min(1.0, usable / live)
-    rounds = ceil(plan.groups / plan.slots) if plan.cooperative else waves
+    rounds = ceil(plan.groups / plan.slots) if together else waves
     tiles = rounds * plan.reduce_tiles
     if rounds == 1:  # all reduce, then all write
         time = _pass(plan, device, read, 0, 0, programs, tiles)
         time += _pass(plan, device, again - hits, hits, write, programs, tiles)
     else:  # some reduce while others write
         time = _pass(plan, device, read + again - hits, hits, write, programs, 2 * tiles)
-    if plan.cooperative:
+    if together:
         uneven = rounds * plan.slots / plan.groups
-        # While one slot waits, the programs of others work, if there are any.
-        waits = rounds if plan.slots == 1 else 1 + (rounds - 1) / 2
+        waits = _waits(rounds, plan.slots)
         time = constants.launch / 2 + uneven * time + waits * (constants.barrier + merge)
     return constants.launch + time
 
