@@ -81,7 +81,7 @@ def compiled_operator(t: "Tensors", backward: bool) -> object:
     """What compiled code runs in the place of the function; it has taken the function apart already."""
     ops = torch.ops.tritonbn
     y, _, mean, rstd = ops.batch_norm.default(
-        t.x, t.weight, t.bias, None, t.mean, t.var, None, True, MOMENTUM, EPS, *IDENTITY, False
+        t.x, t.weight, t.bias, None, t.mean, t.var, None, True, MOMENTUM, EPS, *IDENTITY, True, False
     )
     if not backward:
         return y

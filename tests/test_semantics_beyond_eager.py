@@ -274,7 +274,7 @@ def test_operators_keep_their_contract(
     momentum = None if training and activation == IDENTITY else 0.1  # None: the average over all batches
     residual = torch.randn_like(x, requires_grad=True) if with_residual else None
     keep_bits = keeps_bits(residual, activation)
-    forward = x, weight, bias, residual, mean, var, counter, training, momentum, 1e-5, *activation, keep_bits
+    forward = x, weight, bias, residual, mean, var, counter, training, momentum, 1e-5, *activation, True, keep_bits
     torch.library.opcheck(torch.ops.tritonbn.batch_norm.default, forward)
     with torch.no_grad():
         _, bits, mean, rstd = torch.ops.tritonbn.batch_norm(*forward)

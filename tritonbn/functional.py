@@ -144,12 +144,10 @@ def _compute(tensors: Tensors, training: bool, momentum: Any, eps: Any, activati
     if call.reason:
         return _by_torch(tensors, training, momentum, eps, activation, call.reason)
     statistics = running_mean, running_var, counter, training, momentum, eps, activation
-    if call is SYMBOLIC:
+    if call is SYMBOLIC or private.dispatch_modes():
         return operators.apply(input, weight, bias, residual, statistics)
     if training and not call.planned:
         calibrating.on_first_call(input.device)
-    if private.dispatch_modes():
-        return operators.apply(input, weight, bias, residual, statistics)
     return autograd.batch_norm(input, weight, bias, residual, statistics, call)
 
 

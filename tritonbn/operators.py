@@ -18,7 +18,7 @@ _ACTIVATION = "str activation, float a, float b"
 LIBRARY.define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? counter, bool training, float? momentum, float eps, "
-    f"{_ACTIVATION}, bool keep_bits) -> (Tensor y, Tensor bits, Tensor mean, Tensor rstd)",
+    f"{_ACTIVATION}, bool keep, bool keep_bits) -> (Tensor y, Tensor bits, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -37,7 +37,7 @@ def apply(
     running_mean, running_var, counter, *constants, activation = given
     keep_bits = grad and autograd.keeps_bits(residual, activation)
     y: Tensor = torch.ops.tritonbn.batch_norm(
-        x, weight, bias, residual, running_mean, running_var, counter, *constants, *activation, keep_bits
+        x, weight, bias, residual, running_mean, running_var, counter, *constants, *activation, grad, keep_bits
     )[0]
     return y
 
@@ -61,9 +61,10 @@ def batch_norm(
     activation: str,
     a: float,
     b: float,
+    keep: bool,
     keep_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, bits, mean, rstd); bits are empty if they are not kept. See `tritonbn.functional.normalize`."""
+    """(y, bits, mean, rstd), see `tritonbn.functional.normalize`; empty are bits, mean and rstd that are not kept."""
     call = dispatch.recognize((x, running_mean, running_var, weight, bias, residual, counter), training)
     if call.reason:
         raise RuntimeError(f"tritonbn::batch_norm: {call.reason}")
@@ -71,10 +72,8 @@ def batch_norm(
     if not call.dense:
         x = x.contiguous(memory_format=call.memory_format)
         residual = None if residual is None else residual.contiguous(memory_format=call.memory_format)
-    y, bits, mean, rstd = autograd.forward(x, weight, bias, residual, given, True, keep_bits, call)
-    assert mean is not None
-    assert rstd is not None
-    return y, _or_empty(bits, x), mean, rstd
+    y, bits, mean, rstd = autograd.forward(x, weight, bias, residual, given, keep, keep_bits, call)
+    return y, _or_empty(bits, x), _or_empty(mean, x), _or_empty(rstd, x)
 
 
 def _fake_batch_norm(
@@ -91,6 +90,7 @@ def _fake_batch_norm(
     activation: str,
     a: float,
     b: float,
+    keep: bool,
     keep_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=planning.memory_format_of(x))
@@ -99,6 +99,8 @@ def _fake_batch_norm(
         known = all(type(size) is int for size in x.shape)  # else how many bytes there are is not known either
         size = planning.plan_for("forward", x).bit_bytes if known else torch.library.get_ctx().new_dynamic_size()
         bits = x.new_empty(size, dtype=torch.uint8)
+    if not (training or keep):
+        return y, bits, x.new_empty(0), x.new_empty(0)
     mean, rstd = (x.new_empty(x.shape[1], dtype=launch.arithmetic_dtype(x)) for _ in range(2))
     return y, bits, mean, rstd
 
@@ -160,7 +162,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        x, weight, bias, residual, *_, training, _, eps, name, a, b, keep_bits = inputs
+        x, weight, bias, residual, *_, training, _, eps, name, a, b, _, keep_bits = inputs
         with private.below_autograd():
             y, bits, mean, rstd = torch.ops.tritonbn.batch_norm(*inputs)
         ctx.mark_non_differentiable(bits, mean, rstd)
@@ -183,7 +185,7 @@ class _BatchNorm(torch.autograd.Function):
         gradients = [g if want else None for g, want in zip(found, computed, strict=True)]
         if passed_on:
             gradients[3] = dy
-        return *gradients, *(None,) * 10
+        return *gradients, *(None,) * 11
 
 
 class _BatchNormBackward(torch.autograd.Function):
