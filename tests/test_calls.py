@@ -239,6 +239,36 @@ def test_the_first_training_calls_of_a_sort_calibrate_and_no_others(
     assert asked == [x.device]
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["learning", "frozen"])
+@pytest.mark.parametrize("path", ["single", "split"])
+def test_results_and_what_is_saved_are_all_that_is_allocated(
+    path: Any, frozen: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y, mean and rstd; gradients. A second launch reads the sums there, or in vectors where they are not wanted."""
+    x, dy = (torch.randn(12, 5, device=device) for _ in range(2))
+    module = tritonbn.BatchNorm1d(5).to(device).requires_grad_(not frozen)
+    made: list[str] = []
+    for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full"):
+
+        def make(*args: Any, real: Any = getattr(torch, name), name: str = name, **kwargs: Any) -> Any:
+            made.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, make)
+    monkeypatch.setattr(Tensor, "clone", lambda t, **k: pytest.fail("a copy"))
+    x.requires_grad_()
+    with forced(path, splits=2):
+        module(x).backward(dy)  # the memory that is kept
+        for _ in range(2):
+            made.clear()
+            y = module(x)
+            assert made == ["empty_like"] * 3
+            made.clear()
+            y.backward(dy)
+            sums = 2 * (frozen and path == "split")
+            assert len(made) == (1 if frozen else 3) + sums
+
+
 # Counter and average in the kernels.
 
 
