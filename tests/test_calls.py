@@ -248,13 +248,16 @@ def test_results_and_what_is_saved_are_all_that_is_allocated(
     x, dy = (torch.randn(12, 5, device=device) for _ in range(2))
     module = tritonbn.BatchNorm1d(5).to(device).requires_grad_(not frozen)
     made: list[str] = []
-    for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full"):
 
-        def make(*args: Any, real: Any = getattr(torch, name), name: str = name, **kwargs: Any) -> Any:
+    def noted(name: str, make: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             made.append(name)
-            return real(*args, **kwargs)
+            return make(*args, **kwargs)
 
-        monkeypatch.setattr(torch, name, make)
+        return run
+
+    for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full"):
+        monkeypatch.setattr(torch, name, noted(name, getattr(torch, name)))
     monkeypatch.setattr(Tensor, "clone", lambda t, **k: pytest.fail("a copy"))
     x.requires_grad_()
     with forced(path, splits=2):

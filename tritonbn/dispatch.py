@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tritonbn import handles, launch, planning, private, tickets
-from tritonbn.plan import Operation, Plan, fits
+from tritonbn.launch import Planned
+from tritonbn.plan import Operation, fits
 from tritonbn.planning import alone, memory_format_of, plan_for
 from tritonbn.tables import epoch
 
@@ -30,14 +31,6 @@ EMPTY = "the input is empty"
 Tensors = tuple[Any, ...]
 
 
-class Planned(NamedTuple):
-    """A plan, and the kernels that calls of one record launched by it."""
-
-    epoch: int
-    plan: Plan
-    launches: handles.Launches
-
-
 class Call(NamedTuple):
     """What follows from the tensors of a call; the dictionaries are filled as they are asked."""
 
@@ -46,16 +39,16 @@ class Call(NamedTuple):
     dense: bool  # x and residual are dense in `memory_format`, all vectors contiguous: nothing has to be copied
     memory_format: torch.memory_format  # of the result
     parameter_dtype: torch.dtype  # of the gradients of weight and bias
-    planned: dict[tuple[Operation, bool, bool], Planned]
+    planned: dict[tuple[Operation, bool, bool], tuple[int, Planned]]  # with the epoch of the plan
     saved: dict[Any, Any]  # what recognizes the tensors of a backward that are dense, see `autograd.dense_saved`
 
     def plan(self, operation: Operation, x: Tensor, costly: bool = False) -> Planned:
         """The plan for x, dense, and what such calls launched; costly: see `make_plan`."""
         key = operation, costly, torch.are_deterministic_algorithms_enabled()
         now, found = epoch(), self.planned.get(key)
-        if found is None or found.epoch != now or (found.plan.cooperative and not alone()):
-            found = self.planned[key] = Planned(now, plan_for(operation, x, costly), {})
-        return found
+        if found is None or found[0] != now or (found[1].plan.cooperative and not alone()):
+            found = self.planned[key] = now, Planned(plan_for(operation, x, costly), {})
+        return found[1]
 
 
 def torchs(reason: str) -> Call:

@@ -5,7 +5,7 @@ dy are laid out as x, vectors are contiguous: `autograd` sees to that. planned: 
 if that is known, or a plan.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,13 +60,11 @@ class Gradients(NamedTuple):
 Wanted = tuple[bool, bool, bool, bool]
 
 
-class Planned(Protocol):
+class Planned(NamedTuple):
     """A plan, and what calls of one sort launched by it."""
 
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def launches(self) -> handles.Launches | None: ...
+    plan: Plan
+    launches: handles.Launches
 
 
 def forward(
