@@ -95,14 +95,14 @@ def forward(
         if _launch_together(
             cooperative_forward_kernel, plan,
             *operands, *_scratch(x, plan, 3, "semaphores"), *plan.sizes, plan.reduce_tiles, plan.groups, *numbers,
-            launches=launches, ACT=activation, CUMULATIVE=cumulative, BLOCK_P=plan.merge_block,
+            launches=launches, which=keep_bits, ACT=activation, CUMULATIVE=cumulative, BLOCK_P=plan.merge_block,
         ):  # fmt: skip
             return y, bits, mean, rstd
         plan, launches = independent(problem_of("forward", x), device_of(x.device)), None
     if plan.launches == 1:
         _launch(
             forward_kernel, (plan.groups,), plan, *operands, *plan.sizes, *numbers,
-            launches=launches, ACT=activation, CUMULATIVE=cumulative,
+            launches=launches, which=keep_bits, ACT=activation, CUMULATIVE=cumulative,
         )  # fmt: skip
         return y, bits, mean, rstd
     _launch(
@@ -113,7 +113,7 @@ def forward(
     _launch(
         normalize_kernel, (plan.groups, plan.apply_splits), plan,
         x, residual, mean, rstd, weight, bias, y, bits, *plan.sizes, plan.apply_tiles,
-        launches=launches, ACT=activation,
+        launches=launches, which=keep_bits, ACT=activation,
     )  # fmt: skip
     return y, bits, mean, rstd
 
@@ -138,7 +138,7 @@ def inference(
     _launch(
         inference_kernel, (plan.groups, plan.apply_splits), plan,
         x, residual, running_mean, running_var, weight, bias, y, bits, mean, rstd, *plan.sizes, plan.apply_tiles,
-        eps, launches=launches, which=keep, ACT=activation,
+        eps, launches=launches, which=(keep, keep_bits), ACT=activation,
     )  # fmt: skip
     return y, bits, mean, rstd
 
