@@ -160,7 +160,7 @@ REPLACED: dict[str, dict[str, Any]] = {
     "tritonbn.timing": {"SAMPLES": 2, "MOST_CALLS": 2, "WARM_SECONDS": 0.0},
     "tritonbn.planning": {"device_of": device_of},
     "tritonbn.plan_timing": {"SAMPLES": 2},
-    "tritonbn.calibrate": {"SAMPLES": 2, "IN_CACHE": (1 << 10,), "SHAPES": ()},
+    "tritonbn.calibrating": {"SAMPLES": 2, "IN_CACHE": (1 << 10,), "SHAPES": ()},
     "bench.timing": {"COPY_BYTES": 1 << 16},
     "bench.wall": {"CALLS": 2},
     "bench.bandwidth": {"MIB": 1 << 10, "COPIES": (1, 2), "READ_TWICE": (1, 2), "IN_CACHE": (1,)},

@@ -131,6 +131,7 @@ def store_statistics(
     """
     mean = k + delta
     rstd = reciprocal_std(ratio(m2, n), eps)
+    weight = weight.to(mean.dtype)
     tl.store(mean_ptr + c, mean, mask=mine)
     tl.store(rstd_ptr + c, rstd, mask=mine)
     if running_mean_ptr is not None:
