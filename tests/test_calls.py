@@ -335,6 +335,14 @@ def test_counters_of_other_dtypes_are_torchs(counter: Tensor, device: torch.devi
     assert module.num_batches_tracked.item() == 3
 
 
+def test_a_counter_elsewhere_does_not_keep_the_statistics_from_their_update(device: torch.device) -> None:
+    module = tritonbn.BatchNorm1d(3).to(device)
+    module.num_batches_tracked = torch.zeros((), dtype=torch.int64, device="meta")
+    x = torch.randn(6, 3, device=device)
+    module(x)
+    torch.testing.assert_close(module.running_mean, 0.1 * x.mean(0))
+
+
 def test_compiled_modules_average_over_all_batches(device: torch.device) -> None:
     """In one graph: nothing is read by the host. Two forwards come before one backward."""
     ours: Any = tritonbn.BatchNorm1d(3, momentum=None).to(device)

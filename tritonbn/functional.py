@@ -178,7 +178,7 @@ def _by_torch(tensors: Tensors, training: bool, momentum: Any, eps: Any, activat
     """What torch's own functions compute, with a remark where that is unexpected."""
     input, running_mean, running_var, weight, bias, residual, counter = tensors
     momentum = _count(counter, momentum)
-    if training and _on_several_devices(*tensors):  # torch writes the statistics before it refuses
+    if training and _on_several_devices(*tensors[:5]):  # torch writes the statistics before it refuses
         running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
     y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y = activation.apply(y if residual is None else y + residual)
