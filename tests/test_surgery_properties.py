@@ -106,7 +106,7 @@ def backward(
             y = F.batch_norm(x, None, None, weight, bias, True, 0.0, float(var[0]))
         else:
             kind = mean.dtype if weight is None else weight.dtype
-            y = F.batch_norm(x, mean.to(kind), var.to(kind), weight, bias, False, 0.0, 0.0)
+            y = torch.batch_norm(x, weight, bias, mean.to(kind), var.to(kind), False, 0.0, 0.0, False)
         y = activation.apply(y if residual is None else y + residual)
         found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     dx, dweight, dbias, dresidual = [None if leaf is None else next(found) for leaf in leaves]
