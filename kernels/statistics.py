@@ -111,13 +111,12 @@ def count_batch(counter_ptr, i, n, mine, momentum, CUMULATIVE: tl.constexpr):
     if CUMULATIVE:
         DIGIT: tl.constexpr = 1 << 35
         step = tl.where(i == 0, 1 - (n - 1).to(tl.int64) * DIGIT, DIGIT)
-        before = tl.atomic_add(counter_ptr, step, mask=mine, sem="relaxed")
+        before = tl.atomic_add(counter_ptr, tl.where(mine, step, 0), sem="relaxed")
         batches = (before & (DIGIT - 1)) + tl.where(before < 0, 0, 1)  # below 0: 0 has counted
         return ratio(tl.full([], 1.0, tl.float64), batches)
     else:
         if counter_ptr is not None:
-            first = (i == 0) & mine
-            tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
+            tl.atomic_add(counter_ptr, 1, mask=(i == 0) & mine, sem="relaxed")
         return tl.full([], 0.0, tl.float64) + momentum
 
 
