@@ -1,5 +1,6 @@
 """Calibration with made-up figures, so that it is known what follows from them; on a GPU with real ones too."""
 
+import errno
 import json
 import logging
 import os
@@ -412,6 +413,20 @@ def test_one_process_at_a_time(figures: Figures, folder: Path, monkeypatch: pyte
         calibration.write(file, GPU, SAID)
     second.join(30)
     assert (figures.asked, constants()) == ([], SAID)
+
+
+def test_a_file_system_without_locks_is_not_waited_for(figures: Figures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre without flock, say: the calibration holds for this process, and a warning says so."""
+    fcntl = pytest.importorskip("fcntl", reason="no locks of this kind here")
+
+    def unsupported(lock: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(calibrate, "WAIT_SECONDS", 3600.0)
+    with told(1, "the calibration is not kept", "No locks available"):
+        first_call()
+    assert constants() is not None
 
 
 def test_where_nothing_can_be_written_it_holds_for_this_process(figures: Figures, folder: Path) -> None:

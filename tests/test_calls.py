@@ -223,17 +223,16 @@ def test_calls_that_are_no_loss_are_not_told(device: torch.device, recwarn: pyte
     assert not [w for w in recwarn if "tritonbn" in str(w.message)]
 
 
-def test_the_first_training_calls_of_a_sort_calibrate_and_no_others(
+def test_training_calls_ask_for_a_calibration_and_no_others(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled code and calls that were planned do not ask; what is measured holds for the call itself."""
+    """What is measured holds for the call itself; compiled code and evaluation do not ask."""
     asked: list[torch.device] = []
     monkeypatch.setattr(calibrating, "on_first_call", asked.append)
     x = torch.randn(6, 3, device=device)
     batch_norm(x, torch.zeros(3, device=device), torch.ones(3, device=device))
     assert not asked
-    for _ in range(3):
-        batch_norm(x, None, None, training=True)
+    batch_norm(x, None, None, training=True)
     assert asked == [x.device]
     torch.compile(lambda t: batch_norm(t, None, None, training=True), backend="aot_eager")(x)
     assert asked == [x.device]
@@ -431,6 +430,51 @@ with active(stub):
     print(len(stub.launches) == THREADS * N * (4 + 3 + 4), len(handles._handles) < 60, len(dispatch._calls) < 20)
 """
 
+KEYS = """
+import contextlib, random
+from torch.utils.flop_counter import FlopCounterMode
+from tritonbn.activations import resolve
+from tritonbn.functional import normalize
+
+draw, compiled, wrong = random.Random(0), {}, []
+stub = StubDriver()
+stub.keep = True
+start = handles.start
+
+
+def watched(kernel, grid, plan, *args, launches=None, which=None, **constants):
+    start(kernel, grid, plan, *args, launches=launches, which=which, **constants)
+    key = handles._key(kernel, plan, -1, args, constants)[0]
+    if compiled.setdefault(key, stub.launches[-1].metadata.hash) != stub.launches[-1].metadata.hash:
+        wrong.append((kernel.__name__, which, constants))
+
+
+def call(path):
+    learns = [draw.random() < 0.5] * 4 if draw.random() < 0.5 else [draw.random() < 0.5 for _ in range(4)]
+    x, r = (torch.randn(4, 8, 16, 16, requires_grad=learn) for learn in learns[:2])
+    w, b = (torch.ones(8, requires_grad=learn) for learn in learns[2:])
+    training = draw.random() < 0.7
+    counter = torch.tensor(1) if training and draw.random() < 0.7 else None
+    momentum = None if counter is not None and draw.random() < 0.4 else 0.1
+    act = resolve(draw.choice(["identity", "relu", "silu", "hardswish", "leaky_relu(0.1)", "leaky_relu(0.2)", "elu"]))
+    r = r if draw.random() < 0.6 else None
+    mode = FlopCounterMode(display=False) if draw.random() < 0.4 else contextlib.nullcontext()
+    with mode, torch.set_grad_enabled(draw.random() < 0.6):
+        y = normalize(x, torch.zeros(8), torch.ones(8), w, b, training, momentum, 1e-5, act, r, counter)
+        if y.requires_grad:
+            leaves = [t for t in (x, r, w, b) if t is not None and t.requires_grad]
+            torch.autograd.grad(y, draw.sample(leaves, draw.randint(1, len(leaves))), torch.ones_like(y))
+
+
+launch._launch = watched
+with active(stub):
+    for path in ("single", "split"):
+        with forced(path):
+            for _ in range(500):
+                call(path)
+print(wrong, len(compiled) > 150)
+"""
+
 REFUSED = """
 planning.device_of = launch.device_of = lambda device: H200
 stub = Refusing()
@@ -459,7 +503,8 @@ with active(stub), torch.no_grad():
                 for keep in (True, False) * 3:
                     act = ("relu", 0.0, 0.0)
                     stub.launches.clear()
-                    out = torch.ops.tritonbn.batch_norm(x, *vectors[:2], r, *vectors[2:], None, training, 0.1, 1e-5, *act, keep, keep)
+                    rest = None, training, 0.1, 1e-5, *act, keep, keep
+                    out = torch.ops.tritonbn.batch_norm(x, *vectors[:2], r, *vectors[2:], *rest)
                     assert (out[1].numel() > 0) == keep
                     last = stub.launches[-1]
                     given = [a is not None for a in last.args], id(last.metadata)
@@ -474,6 +519,7 @@ print("apart")
     ("script", "printed"),
     [
         pytest.param(THREADS, "True True True", id="8-threads"),
+        pytest.param(KEYS, "[] True", id="each-key-has-one-kernel"),
         pytest.param(REFUSED, "1 14 1", id="driver-refuses"),
         pytest.param(KEPT, "apart", id="what-is-kept"),
     ],

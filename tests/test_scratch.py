@@ -1,5 +1,6 @@
 """Memory that launches share from call to call: grown, zero where it must be, and apart where it must be."""
 
+import gc
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -139,7 +140,8 @@ def test_counters_of_graphs_that_are_gone_come_back(capture: Capture) -> None:
         assert apart(*blocks)
         assert all(block.untyped_storage().data_ptr() == reserve.untyped_storage().data_ptr() for block in blocks)
         del graph, blocks
-    assert not tickets._reserves[torch.device("cpu")].lent
+    capture.counters(5, Graph())
+    assert len(tickets._reserves[torch.device("cpu")].lent) == 1
 
 
 def test_without_any_left_each_replay_zeroes_its_own(capture: Capture) -> None:
@@ -180,6 +182,38 @@ def test_threads_that_capture_at_a_time_get_different_counters(capture: Capture)
         assert apart(*found)
 
 
+def test_a_graph_may_go_while_a_thread_allocates(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that allocates is waited for, and must not wait in turn: it may be the one that finds garbage."""
+    graph: Any = Graph()
+    capture.counters(5, graph)
+    graph.itself = graph  # garbage only once somebody looks
+    del graph
+    reserve = tickets._reserves[torch.device("cpu")]
+
+    def lasting(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        thread = threading.Thread(target=gc.collect, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), "it waits for the one that waits for it"
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    monkeypatch.setattr(tickets, "_lasting", lasting)
+    capture.counters(2 * LEAST_COUNTERS, None)
+    capture.counters(5, Graph())
+    assert len(reserve.lent) == 1
+
+
+def test_what_other_threads_keep_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tickets.returned():
+        monkeypatch.setattr(tickets, "_stream", lambda x: 5)
+        thread = threading.Thread(target=scratch, args=(X, 10, torch.float32, "tickets", 3))
+        thread.start()
+        thread.join()
+        monkeypatch.setattr(tickets, "_stream", lambda x: 6)
+        scratch(X, 10, torch.float32, "tickets", 3)
+    assert [stream for _, stream, _ in tickets._pool] == [5]
+
+
 def test_threads_grow_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     lasting = tickets._lasting
@@ -216,7 +250,7 @@ def test_what_was_kept_or_lent_inside_is_given_back(capture: Capture) -> None:
     """What was there before stays, and counters of graphs that are gone are those of the next one."""
     device = torch.device("cpu")
     reserve, before = tickets._reserves[device], capture.counters(4, None)
-    with tickets.returned(device):
+    with tickets.returned():
         other = capture.counters(4, None, stream=7)
         lent = capture.counters(16, ...)  # of a graph that torch does not tell
         assert len(tickets._pool) == 2
@@ -225,7 +259,7 @@ def test_what_was_kept_or_lent_inside_is_given_back(capture: Capture) -> None:
     assert (len(tickets._pool), len(tickets._partials)) == (1, 1)
     assert capture.counters(16, ...).data_ptr() == lent.data_ptr()
     used = reserve.used
-    with tickets.returned(device):
+    with tickets.returned():
         for _ in range(3):
             graph = Graph()
             capture.counters(4, graph)

@@ -309,6 +309,50 @@ def test_compiled_code_hands_operators_the_statistics_themselves(device: torch.d
     assert module.num_batches_tracked.item() == 1
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_compiled_code_of_any_size(activation: str, device: torch.device) -> None:
+    """Inductor's: how many bits there are is not known when it is compiled, so the residual is kept."""
+    module = tritonbn.BatchNormAct1d(3, activation).to(device)
+    plain = tritonbn.BatchNormAct1d(3, activation).to(device)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for N in (4, 7):
+        x, r = (torch.randn(N, 3, device=device, requires_grad=True) for _ in range(2))
+        found, true = (torch.autograd.grad(m(x, r).sin().sum(), (x, r)) for m in (compiled, plain))
+        for mine, theirs in zip(found, true, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_transforms_in_compiled_code_see_torchs_operations(device: torch.device) -> None:
+    def mapped(x: Tensor) -> Tensor:
+        result: Tensor = vmap(lambda v: batch_norm(v, None, None, training=True))(x)
+        return result
+
+    x = torch.randn(2, 6, 3, device=device)
+    compiled = torch.compile(mapped, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), mapped(x))
+
+
+def test_operators_check_what_they_are_given(device: torch.device) -> None:
+    x, mean, var = torch.randn(4, 3, device=device), torch.zeros(3, device=device), torch.ones(3, device=device)
+
+    def call(residual: Tensor | None, momentum: float | None = 0.1, eps: float = 1e-5) -> None:
+        rest = mean, var, None, True, momentum, eps, *IDENTITY, False, False
+        torch.ops.tritonbn.batch_norm(x, None, None, residual, *rest)
+
+    with pytest.raises(ValueError, match="residual should have the shape of the input"):
+        call(x[:2])
+    with pytest.raises(ValueError, match="residual should have the dtype of the input"):
+        call(x.half())
+    for bad in ({"eps": 0.0}, {"eps": -1.0}, {"momentum": None}):
+        with pytest.raises(RuntimeError, match="torch refuses it"):
+            call(None, **bad)
+    bits = torch.zeros(1, dtype=torch.uint8, device=device)
+    given = x, x, None, None, None, bits, mean, var, True, "relu", 0.0, 0.0, 1e-5, torch.float32, [True] * 3 + [False]
+    with pytest.raises(RuntimeError, match=r"expected 2 bytes of bits .*, got 1"):
+        torch.ops.tritonbn.batch_norm_backward(*given)
+    assert not mean.any()
+
+
 def test_operators_have_the_memory_of_eager_calls(device: torch.device) -> None:
     """Nothing is zeroed for a call of theirs."""
     x = torch.randn(40, 5, device=device, requires_grad=True)

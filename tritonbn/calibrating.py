@@ -121,10 +121,12 @@ def on_first_call(device: torch.device) -> None:
     torch.distributed is initialized that is local rank 0, and the others take what is there: no rank waits for another.
     Never raises: what goes wrong is told in one warning, and plans are those of the assumed constants.
     """
-    if device in _settled or not _enabled or os.environ.get("TRITONBN_AUTOTUNE") == "0":
+    if device in _settled or not _enabled:
         return
     if device.type != "cuda" or torch.version.hip:  # what is not tested does not run by itself
         _settled.add(device)
+        return
+    if os.environ.get("TRITONBN_AUTOTUNE") == "0":
         return
     if torch.are_deterministic_algorithms_enabled() or not _measuring.acquire(blocking=False):
         return
@@ -134,8 +136,11 @@ def on_first_call(device: torch.device) -> None:
                 _settled.add(device)  # whatever comes of it
                 _once(device)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{device} is not calibrated, plans are made by assumed constants: {message}", stacklevel=2)
+        message = f"{device} is not calibrated, plans are made by assumed constants: {type(error).__name__}: {error}"
+        try:
+            warnings.warn(message, stacklevel=2)
+        except Warning:  # they are errors here
+            log.warning(message)
     finally:
         _measuring.release()
 
@@ -224,7 +229,7 @@ def timers(device: torch.device, gpu: Device) -> tuple[TimeProbe, TimePlan]:
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
     """Random numbers, counters of captured launches and memory are afterwards as they were."""
-    with torch.no_grad(), torch.random.fork_rng([device.index or 0]), tickets.returned(device):
+    with torch.no_grad(), torch.random.fork_rng([device.index or 0]), tickets.returned():
         try:
             yield
         finally:

@@ -193,6 +193,20 @@ def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
     )
 
 
+def check_residual(input: Tensor | None, residual: Tensor | None) -> None:
+    """Raise what `batch_norm` raises for a residual that does not go with the input."""
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor or None, but got {type(residual).__name__}")
+    if not isinstance(input, Tensor):
+        return
+    for what in ("shape", "dtype", "device"):
+        expected, got = getattr(input, what), getattr(residual, what)
+        if expected != got:
+            raise ValueError(f"residual should have the {what} of the input, {expected}, but got {got}")
+
+
 def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     """The dtype of the parameters' gradients."""
     return next((p.dtype for p in parameters if p is not None), x.dtype)

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from tritonbn import autograd, calibrating, dispatch, launch, operators, private
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
-from tritonbn.dispatch import DTYPES, SYMBOLIC, Call, Tensors
+from tritonbn.dispatch import DTYPES, SYMBOLIC, Call, Tensors, check_residual
 
 __all__ = ["DTYPES", "batch_norm", "check_residual", "normalize"]
 
@@ -103,20 +103,6 @@ def normalize(
     return _compute(tensors, training, momentum, eps, activation)
 
 
-def check_residual(input: Tensor | None, residual: Tensor | None) -> None:
-    """Raise what `batch_norm` raises for a residual that does not go with the input."""
-    if residual is None:
-        return
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a Tensor or None, but got {type(residual).__name__}")
-    if not isinstance(input, Tensor):
-        return
-    for what in ("shape", "dtype", "device"):
-        expected, got = getattr(input, what), getattr(residual, what)
-        if expected != got:
-            raise ValueError(f"residual should have the {what} of the input, {expected}, but got {got}")
-
-
 def _compute(tensors: Tensors, training: bool, momentum: Any, eps: Any, activation: Activation) -> Tensor:
     """`normalize` of tensors without __torch_function__."""
     if type(eps) is not float:
@@ -146,14 +132,20 @@ def _compute(tensors: Tensors, training: bool, momentum: Any, eps: Any, activati
     statistics = running_mean, running_var, counter, training, momentum, eps, activation
     if call is SYMBOLIC or private.dispatch_modes():
         return operators.apply(input, weight, bias, residual, statistics)
-    if training and not call.planned:
+    if training:
         calibrating.on_first_call(input.device)
     return autograd.batch_norm(input, weight, bias, residual, statistics, call)
 
 
 def _of_symbols(tensors: Tensors, training: bool) -> Call:
     """The record of a call in compiled code. What is exported must run where we are not installed."""
-    if private.is_exporting() or private.below_autograd is None or dispatch.misfit(tensors, training):
+    if (
+        private.is_exporting()
+        or private.below_autograd is None
+        or private.transforms_active()
+        or private.forward_derivatives()
+        or dispatch.misfit(tensors, training)
+    ):
         return _COMPILED
     return SYMBOLIC
 
@@ -170,7 +162,7 @@ def _real(value: Any) -> Any:
 
 _ELSEWHERE = dispatch.torchs(_ON_A_GPU)
 _REFUSED = dispatch.torchs(dispatch.REFUSED)
-_COMPILED = dispatch.torchs("torch.export records it, or the kernels do not take it")
+_COMPILED = dispatch.torchs("a transform or export sees each operation, or the kernels do not take it")
 _FORWARD = dispatch.torchs("it is differentiated in forward mode")
 
 

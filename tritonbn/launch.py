@@ -156,6 +156,8 @@ def backward(
     x, weight, bias, residual, bits, mean, rstd = saved
     costly = costs(activation, bits)
     plan, launches = _planned(planned, "backward", x, costly)
+    if bits is not None and bits.numel() != plan.bit_bytes:
+        raise RuntimeError(f"expected {plan.bit_bytes} bytes of bits for {list(x.shape)}, got {bits.numel()}")
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -193,6 +195,7 @@ def backward(
             return gradients
         if dresidual is not None:  # it is dz: nothing but it and x is read again
             dy, residual, bits, dresidual, activation = dresidual, None, None, None, IDENTITY
+            vectors = mean, rstd, weight, None
     elif dx is None and dresidual is None:
         return gradients
     needs_x = both_passes or (bits is None and activation != IDENTITY)
@@ -254,9 +257,13 @@ def _launch_together(kernel: Any, plan: Plan, *args: Any, **rest: Any) -> bool:
         return False
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TritonError) as error:  # under MPS or in a green context, say
+    except TritonError as error:  # too much shared memory, say
         if not isinstance(kernel, triton.JITFunction):  # the interpreter's
             raise
+        handles.put(_too_many, (device.index, plan), True, LIMIT)
+        private.tell(f"{device} cannot run {kernel.__name__} by {plan}, so that another plan runs: {error}")
+        return False
+    except RuntimeError as error:  # under MPS or in a green context, say
         planning.refuse_together(device)
         private.tell(f"{device} refuses programs that wait for each other, so that others run: {error}")
         return False

@@ -35,9 +35,8 @@ def apply(
     """y; the running statistics and the counter are updated in place."""
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     running_mean, running_var, counter, *constants, activation = given
-    keep_bits = grad and autograd.keeps_bits(residual, activation)
     y: Tensor = torch.ops.tritonbn.batch_norm(
-        x, weight, bias, residual, running_mean, running_var, counter, *constants, *activation, grad, keep_bits
+        x, weight, bias, residual, running_mean, running_var, counter, *constants, *activation, grad, False
     )[0]
     return y
 
@@ -65,9 +64,10 @@ def batch_norm(
     keep_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, bits, mean, rstd), see `tritonbn.functional.normalize`; empty are bits, mean and rstd that are not kept."""
+    dispatch.check_residual(x, residual)
     call = dispatch.recognize((x, running_mean, running_var, weight, bias, residual, counter), training)
-    if call.reason:
-        raise RuntimeError(f"tritonbn::batch_norm: {call.reason}")
+    if call.reason or eps < 0 or (training and eps == 0) or (momentum is None and counter is None):
+        raise RuntimeError(f"tritonbn::batch_norm: {call.reason or dispatch.REFUSED}")
     given = running_mean, running_var, counter, training, momentum, eps, Activation(activation, a, b)
     if not call.dense:
         x = x.contiguous(memory_format=call.memory_format)
@@ -163,16 +163,20 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         x, weight, bias, residual, *_, training, _, eps, name, a, b, _, keep_bits = inputs
-        with private.below_autograd():
-            y, bits, mean, rstd = torch.ops.tritonbn.batch_norm(*inputs)
-        ctx.mark_non_differentiable(bits, mean, rstd)
         activation = Activation(name, a, b)
+        asked = keep_bits
+        if autograd.keeps_bits(residual, activation):  # of symbolic sizes nobody knows how many: the residual is kept
+            keep_bits = asked or all(type(size) is int for size in x.shape)
+        with private.below_autograd():
+            y, bits, mean, rstd = torch.ops.tritonbn.batch_norm(*inputs[:-1], keep_bits)
+        returned = bits if asked else x.new_empty(0)
+        ctx.mark_non_differentiable(returned, mean, rstd)
         needs_z = activation != IDENTITY and not keep_bits
         kept = (bias, residual) if needs_z else (None, None)
         ctx.save_for_backward(x, weight, *kept, bits if keep_bits else None, mean, rstd)
         dtype, memory_format = dispatch.parameter_dtype(x, weight, bias), planning.memory_format_of(x)
         ctx.constants = training, activation, eps, dtype, memory_format
-        return y, bits, mean, rstd
+        return y, returned, mean, rstd
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:

@@ -61,7 +61,7 @@ def _acquired(lock: Any, seconds: float | None) -> bool:
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # somebody else has it
             if time.monotonic() >= end:
                 return False
             time.sleep(0.05)

@@ -8,6 +8,7 @@ one graph captured on one stream, which also run one after the other. They retur
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -36,6 +37,8 @@ class Reserve:
         self.used = 0
         self.returned: list[Tensor] = []
         self.lent: dict[int, dict[tuple[int, Purpose], list[Tensor]]] = {}  # by graph, then stream and purpose
+        # Graphs that are gone. Any thread may find that, whatever it is at: it must not wait for another one there.
+        self.gone: deque[int] = deque()
 
     def lend(self, graph: Any, stream: int, purpose: Purpose, counters: int) -> Tensor | None:
         """Zeroed counters for calls of a graph on a stream (no graph: for one call only); None if none are left."""
@@ -44,9 +47,10 @@ class Reserve:
             if taken is not None and hasattr(_here, "lent"):
                 _here.lent.append((self, taken))
             return taken
+        self._take_back()
         if id(graph) not in self.lent:
             self.lent[id(graph)] = {}
-            weakref.finalize(graph, self._end, id(graph)).atexit = False
+            weakref.finalize(graph, self.gone.append, id(graph)).atexit = False
         blocks = self.lent[id(graph)].setdefault((stream, purpose), [])
         if not blocks or blocks[-1].numel() < counters:
             taken = self._take(max(counters, LEAST_CAPTURED))
@@ -65,18 +69,18 @@ class Reserve:
         self.used = end
         return self.counters[begin : begin + counters]
 
-    def _end(self, graph: int) -> None:
-        """The graph is gone."""
-        with _lock:
-            for blocks in self.lent.pop(graph).values():
+    def _take_back(self) -> None:
+        """What graphs had that are gone."""
+        while self.gone:
+            for blocks in self.lent.pop(self.gone.popleft()).values():
                 self.returned += blocks
 
 
 _pool: dict[tuple[torch.device, int, Purpose], Tensor] = {}
 _partials: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
 _reserves: dict[torch.device, Reserve] = {}
-_lock = threading.RLock()  # a graph may go, in this thread, while another one is lent counters
-_here = threading.local()  # lent: to graphs that this thread captured, see `returned`
+_lock = threading.RLock()
+_here = threading.local()  # what `returned` gives back: lent to graphs that this thread captured; memory that it made
 
 
 def forget() -> None:
@@ -132,6 +136,8 @@ def _grown(memory: dict[Any, Tensor], key: tuple[torch.device, int, Any], size: 
         if old is not None and old.is_cuda:  # work that is queued uses it
             old.record_stream(torch.cuda.current_stream(device))
         memory[key] = new
+        if hasattr(_here, "made"):
+            _here.made.append((memory, key))
         return new
 
 
@@ -164,24 +170,21 @@ def _lasting(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def returned(device: torch.device) -> Iterator[None]:
+def returned() -> Iterator[None]:
     """Afterwards nothing is kept, nor lent, for what this thread ran inside on streams of its own; its graphs are gone.
 
     Their counters come back by themselves where torch tells which graph is captured.
     """
-    memories: tuple[dict[Any, Tensor], ...] = (_pool, _partials)
-    before = [set(memory) for memory in memories]
-    _here.lent = []
+    _here.lent, _here.made = [], []
     try:
         yield
     finally:
         with _lock:
-            for memory, keys in zip(memories, before, strict=True):
-                for key in [key for key in memory if key[0] == device and key not in keys]:
-                    del memory[key]
+            for memory, key in _here.made:
+                memory.pop(key, None)
             for reserve, block in _here.lent:
                 reserve.returned.append(block)
-        del _here.lent
+        del _here.lent, _here.made
 
 
 def _capturing(device: torch.device) -> bool:
