@@ -156,8 +156,7 @@ def backward(
     x, weight, bias, residual, bits, mean, rstd = saved
     costly = costs(activation, bits)
     plan, launches = _planned(planned, "backward", x, costly)
-    if bits is not None and bits.numel() != plan.bit_bytes:
-        raise RuntimeError(f"expected {plan.bit_bytes} bytes of bits for {list(x.shape)}, got {bits.numel()}")
+    _check_bits(bits, plan)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -205,6 +204,12 @@ def backward(
         launches=launches, which=which, ACT=activation,
     )  # fmt: skip
     return gradients
+
+
+def _check_bits(bits: Tensor | None, plan: Plan) -> None:
+    """Raise RuntimeError for bits of another tensor."""
+    if bits is not None and bits.numel() != plan.bit_bytes:
+        raise RuntimeError(f"expected {plan.bit_bytes} bytes of bits for {list(plan.shape)}, got {bits.numel()}")
 
 
 def costs(activation: Activation, bits: Tensor | None) -> bool:
