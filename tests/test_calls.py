@@ -228,6 +228,7 @@ def test_training_calls_ask_for_a_calibration_and_no_others(
 ) -> None:
     """What is measured holds for the call itself; compiled code and evaluation do not ask."""
     asked: list[torch.device] = []
+    monkeypatch.setattr(calibrating, "settled", set())
     monkeypatch.setattr(calibrating, "on_first_call", asked.append)
     x = torch.randn(6, 3, device=device)
     batch_norm(x, torch.zeros(3, device=device), torch.ones(3, device=device))

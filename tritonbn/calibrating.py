@@ -69,7 +69,7 @@ TimeProbe = Callable[[Probe], float]  # microseconds
 TimePlan = Callable[[Problem, Plan], float | None]  # microseconds; None for a plan that spills or cannot run
 
 _enabled = True
-_settled: set[torch.device] = set()  # devices for which this process has nothing left to do
+settled: set[torch.device] = set()  # devices for which this process has nothing left to do
 _measuring = threading.Lock()
 
 
@@ -81,7 +81,7 @@ def autotune(enabled: bool) -> None:
     """
     global _enabled
     _enabled = bool(enabled)
-    _settled.clear()
+    settled.clear()
 
 
 def calibrate(device: torch.device | str | None = None, save: bool = True) -> Constants:
@@ -121,10 +121,10 @@ def on_first_call(device: torch.device) -> None:
     torch.distributed is initialized that is local rank 0, and the others take what is there: no rank waits for another.
     Never raises: what goes wrong is told in one warning, and plans are those of the assumed constants.
     """
-    if device in _settled or not _enabled:
+    if device in settled or not _enabled:
         return
     if device.type != "cuda" or torch.version.hip:  # what is not tested does not run by itself
-        _settled.add(device)
+        settled.add(device)
         return
     if os.environ.get("TRITONBN_AUTOTUNE") == "0":
         return
@@ -133,7 +133,7 @@ def on_first_call(device: torch.device) -> None:
     try:
         with torch.cuda.device(device):
             if not torch.cuda.is_current_stream_capturing():
-                _settled.add(device)  # whatever comes of it
+                settled.add(device)  # whatever comes of it
                 _once(device)
     except Exception as error:
         message = f"{device} is not calibrated, plans are made by assumed constants: {type(error).__name__}: {error}"

@@ -76,10 +76,11 @@ def recognize(tensors: Tensors, training: bool) -> Call:
     )  # fmt: skip
     entries = _calls.get(key, ())
     try:
-        for index, (guards, there, call) in enumerate(entries):
+        for entry in entries:
+            guards, there, call = entry
             if guards.check(*there(tensors)):
-                if index:  # the latest first
-                    _calls[key] = (entries[index], *entries[:index], *entries[index + 1 :])
+                if entry is not entries[0]:  # the latest first
+                    _calls[key] = (entry, *[other for other in entries if other is not entry])
                 return call
     except TypeError:  # something is no tensor
         pass

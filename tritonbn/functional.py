@@ -132,7 +132,7 @@ def _compute(tensors: Tensors, training: bool, momentum: Any, eps: Any, activati
     statistics = running_mean, running_var, counter, training, momentum, eps, activation
     if call is SYMBOLIC or private.dispatch_modes():
         return operators.apply(input, weight, bias, residual, statistics)
-    if training:
+    if training and input.device not in calibrating.settled:
         calibrating.on_first_call(input.device)
     return autograd.batch_norm(input, weight, bias, residual, statistics, call)
 

@@ -242,14 +242,14 @@ def _planned(
     planned: Planned | Plan | None, operation: Operation, x: Tensor, costly: bool = False
 ) -> tuple[Plan, handles.Launches | None]:
     """The plan that runs, and what such calls launched by it."""
+    if type(planned) is Planned and not planned.plan.cooperative:
+        return planned
     if planned is None:
         return running(plan_for(operation, x, costly), x, costly), None
     if isinstance(planned, Plan):
         return running(planned, x, costly), None
-    plan = planned.plan
-    if plan.cooperative and (instead := running(plan, x, costly)) is not plan:
-        return instead, None
-    return plan, planned.launches
+    instead = running(planned.plan, x, costly)
+    return planned if instead is planned.plan else (instead, None)
 
 
 def _launch_together(kernel: Any, plan: Plan, *args: Any, **rest: Any) -> bool:

@@ -69,6 +69,7 @@ _global_hooks = find("torch.nn.modules.module:_has_any_global_hook", _yes, "noth
 _task = find("torch:_C._current_graph_task_id", lambda: -1, "recalibrate counts what checkpoints compute again")
 _exporting = find("torch.compiler:_is_exporting_flag", None, "exported programs may need tritonbn installed")
 _knobs = find("triton:knobs.runtime", None, "kernels are launched by Triton, some 8 us slower each")
+_compilation = find("triton:knobs.compilation", None, "kernels are launched by Triton, some 8 us slower each")
 
 
 def guards(given: Sequence[Tensor]) -> Any:
@@ -181,20 +182,18 @@ def is_kept_launch_tested() -> bool:
 def is_launch_plain() -> bool:
     """Whether Triton's launch would do no more than launch the kernel, compiled as it usually is.
 
-    It would with hooks, as profilers set (chains of `calls`; a function or None in Triton 3.4), and with other settings
-    that are part of its own key.
+    It would with hooks, as profilers set, and with other settings that are part of its own key.
     """
-    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
     try:
-        hooks = enter.calls or leave.calls
-    except AttributeError:
-        hooks = enter is not None or leave is not None
-    return not (
-        hooks
-        or _knobs.debug
-        or getattr(_knobs, "add_stages_inspection_hook", None) is not None
-        or getattr(triton.knobs.compilation, "instrumentation_mode", "")
-    )
+        return not (
+            _knobs.launch_enter_hook.calls
+            or _knobs.launch_exit_hook.calls
+            or _knobs.debug
+            or _knobs.add_stages_inspection_hook is not None
+            or _compilation.instrumentation_mode
+        )
+    except AttributeError:  # an older Triton, which launches itself anyway
+        return False
 
 
 def is_launchable(compiled: Any) -> bool:
