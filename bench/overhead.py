@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import tritonbn
-from bench import callers
+from bench import callers_timed
 from bench.console import console
 from bench.errors import BenchError
 from bench.files import writable_folder, write_json
@@ -248,10 +248,10 @@ def run(args: argparse.Namespace) -> int:
     stubs = device.type != "cuda"
     with stubbed() if stubs else nullcontext() as stub:
         rows = [row(case, device, stub, args.blocks, args.calls) for case in CASES]
-        called = callers.rows(device, stub, args.blocks, args.calls)
+        called = callers_timed.rows(device, stub, args.blocks, args.calls)
     for found in rows:
         found["before"] = None if before is None else before["rows"].get(found["case"])
-    for table in [*tables(rows), *callers.tables(called)]:
+    for table in [*tables(rows), *callers_timed.tables(called)]:
         console.print(table, soft_wrap=True)
     if args.json:
         write_json(args.json, called)

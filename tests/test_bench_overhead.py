@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
 
 from rich.console import Console
 
-from bench import callers, overhead
+from bench import callers, callers_timed, overhead
 from bench.errors import BenchError
 from bench.stub import stubbed
 from tritonbn import launch
@@ -79,7 +79,7 @@ def check_tables_of_callers(rows: list[dict[str, Any]]) -> None:
     wide = {name: 1234.5 for name in rows[0] if "microseconds" in name}
     out = StringIO()
     shown = Console(file=out)
-    for table in callers.tables([row | wide for row in rows]):
+    for table in callers_timed.tables([row | wide for row in rows]):
         shown.print(table, soft_wrap=True)
     lines = out.getvalue().splitlines()
     assert sum("1234 (1234-1234) 1234 (1234-1234)" in line for line in lines) == len(rows)
@@ -140,10 +140,10 @@ def test_a_forgotten_shape_is_planned_again() -> None:
 
 def test_figures_of_callers() -> None:
     seen = {"ours": [13.0, 14.0, 13.0], "torch": [5.0, 5.0, 6.0], "steady 0": [4.0, 4.0, 6.0], "steady 1": [8.0] * 3}
-    found = callers.figures(seen | {"wrapper": [1.0] * 3})
+    found = callers_timed.figures(seen | {"wrapper": [1.0] * 3})
     assert (found["microseconds"], found["torch_microseconds"]) == (13.0, 5.0)
     assert (found["steady_microseconds"], found["wrapper_microseconds"], found["ratio"]) == (6.0, 1.0, 2.0)
-    found = callers.figures(seen | {"torch's steady": [5.0, 4.0, 3.0], "planning": [2.0, 3.0, 4.0]})
+    found = callers_timed.figures(seen | {"torch's steady": [5.0, 4.0, 3.0], "planning": [2.0, 3.0, 4.0]})
     assert (found["microseconds"], found["torch_microseconds"]) == (7.0, 1.0)  # 7, 8, 6 and 0, 1, 3
     assert (found["planning_microseconds"], found["ratio"]) == (3.0, None)
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 import tritonbn
+from tests.warned import told
 from tritonbn import calibrating as calibrate
 from tritonbn import calibration, launch, model, planning, store, tables, timing
 from tritonbn.choice import Plan, Problem
@@ -165,17 +165,6 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Figures:
     monkeypatch.setattr(calibrate, "untouched", nullcontext)
     monkeypatch.setattr(timing, "measuring", nullcontext)
     return made
-
-
-@contextmanager
-def told(count: int, *words: str) -> Iterator[None]:
-    """There are `count` warnings inside, and `words` in each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == count, messages
-    assert all(word in message for message in messages for word in words), messages
 
 
 def constants() -> Constants | None:

@@ -20,7 +20,8 @@ NAMES = [
     "torch:_C._are_functorch_transforms_active", "torch:_C._dynamo.guards.TensorGuards",
     "torch.autograd.forward_ad:_current_level", "torch:_C._AutoDispatchBelowAutograd", "torch.jit:is_tracing",
     "torch:_prims_common.suggest_memory_format", "torch.autograd.grad_mode:_unsafe_preserve_version_counter",
-    "torch.compiler:_is_exporting_flag", "triton:knobs.runtime", "torch.nn.modules.module:_has_any_global_hook",
+    "torch.compiler:_is_exporting_flag", "triton:knobs.runtime", "triton:knobs.compilation",
+    "torch.nn.modules.module:_has_any_global_hook",
     "torch:_C._current_graph_task_id", "torch.utils._pytree:tree_leaves", "torch._compile:_disable_dynamo",
 ]  # fmt: skip
 

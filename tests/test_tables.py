@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.sound import assert_sound
+from tests.warned import told
 from tritonbn import store, tables
 from tritonbn.choice import LARGEST_TILE, Choice, Problem
 from tritonbn.device import Device
@@ -65,17 +66,6 @@ def plan_of(problem: Problem = LAYER, device: Device = GPU, tuned: bool = True) 
 def source(plan: Plan) -> str:
     assert plan.estimate is not None
     return plan.estimate.source
-
-
-@contextmanager
-def told(count: int, *words: str) -> Iterator[None]:
-    """There are `count` warnings inside, and `words` in each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == count, messages
-    assert all(word in message for message in messages for word in words), messages
 
 
 def assert_modelled(problem: Problem = LAYER, device: Device = GPU) -> None:

@@ -29,8 +29,6 @@ class TritonBatchNorm(_BatchNorm):
         """activation(batch norm of input + residual) with this module's parameters, statistics, counter and mode."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
         resolved = IDENTITY if activation is None else resolve(activation)
-        if residual is not None:
-            functional.check_residual(input, residual)  # a rejected call is not counted
         try:  # attributes of modules are slow
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             mean, var = self._buffers["running_mean"], self._buffers["running_var"]
