@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .gradients import load_gradient, load_vectors, store_gradients
 from .statistics import ratio
-from .tiles import channels, filled, fold, load_channels, load_tile, normalize, spread, tile, tile_count, widen
+from .tiles import channels, filled, fold_two, load_channels, load_tile, normalize, spread, tile, tile_count, widen
 
 
 @triton.jit
@@ -38,7 +38,8 @@ def program_sums(
             store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
             s1 += dz
             s2 += dz * tl.where(tile(group, t, R, C, width, T)[1], d, 0.0)
-    return fold(s1, T), fold(s2, T), dz0, x0
+    s1, s2 = fold_two(s1, s2, T)
+    return s1, s2, dz0, x0
 
 
 @triton.jit

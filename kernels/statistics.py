@@ -8,7 +8,7 @@ however large the mean is. A partial is (k, delta, m2): mean = k + delta, m2 the
 import triton
 import triton.language as tl
 
-from .tiles import channels, filled, fold, load_tile, spread, tile, tile_count, widen
+from .tiles import channels, filled, fold, fold_two, load_tile, spread, tile, tile_count, widen
 
 
 @triton.jit
@@ -51,9 +51,9 @@ def program_statistics(x_ptr, group, t0, t1, R, C, width, T: tl.constexpr):
             d = tl.where(mask, widen(load_tile(x_ptr, at, mask)) - shift, 0.0)
             s += d
             q += d * d
-    s = fold(s, T)
+    s, q = fold_two(s, q, T)
     delta = ratio(s, (filled(t1, R, width, T) - before).to(x.dtype))
-    return k, delta, fold(q, T) - s * delta, first
+    return k, delta, q - s * delta, first
 
 
 @triton.jit

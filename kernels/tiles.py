@@ -190,19 +190,59 @@ def normalize(x, mean, scale, shift):
 @triton.jit
 def fold(v, T: tl.constexpr):
     """Sum a tile [BLOCK_L, BLOCK_R] over rows and lanes to one value per channel [BLOCK_G]."""
-    v = tl.sum(v, 1)  # [BLOCK_L]
+    return fold_parts(tl.reshape(v, [1, T.BLOCK_L, T.BLOCK_R]), 1, T)
+
+
+@triton.jit
+def fold_two(v, w, T: tl.constexpr):
+    """`fold` of two tiles, with the barriers of one."""
+    both = tl.permute(tl.join(v, w), [2, 0, 1])
+    return tl.split(tl.trans(tl.reshape(fold_parts(both, 2, T), [2, T.BLOCK_G])))
+
+
+@triton.jit
+def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
+    """Sum N tiles [N, BLOCK_L, BLOCK_R] over rows and lanes to [N * BLOCK_G], through shared memory once.
+
+    Rows are summed in a thread, then in a warp. What the ROW_WARPS warps that share a lane have left is read again by
+    neighbouring threads from neighbouring addresses: a sum across warps would read and write with a stride.
+    """
     if T.GROUP == 1:
-        return tl.sum(v, 0, keep_dims=True)
-    elif T.SPAN * T.FOLD == 1:
-        return v
+        return tl.sum(tl.reshape(v, [N, T.BLOCK_L * T.BLOCK_R]), 1)
     else:
-        g = tl.arange(0, T.BLOCK_G)[:, None]
-        f = tl.arange(0, T.BLOCK_F)[None, :]
-        live = (g < T.GROUP) & (f < T.SPAN * T.FOLD)
-        lane = f // T.SPAN * (T.GROUP * T.SPAN) + g * T.SPAN + f % T.SPAN
-        lane = tl.reshape(tl.where(live, lane, 0), [T.BLOCK_G * T.BLOCK_F])
-        picked = tl.reshape(tl.gather(v, lane, 0), [T.BLOCK_G, T.BLOCK_F])
-        return tl.sum(tl.where(live, picked, 0.0), 1)
+        W: tl.constexpr = T.ROW_WARPS
+        ROWS: tl.constexpr = 32 * T.V // T.BLOCK_L if 32 * T.V > T.BLOCK_L else 1  # of a warp's access
+        Q: tl.constexpr = ROWS if T.BLOCK_R >= W * ROWS else 1
+        v = tl.sum(tl.reshape(v, [N, T.BLOCK_L, T.BLOCK_R // (W * Q), W, Q]), 2)
+        v = tl.sum(v, 3)  # [N, BLOCK_L, W]
+        K: tl.constexpr = W * T.FOLD * T.SPAN
+        if K == 1:
+            return tl.reshape(v, [N * T.BLOCK_L])
+        else:
+            v = tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L])
+            BLOCK_K: tl.constexpr = W * T.BLOCK_F
+            if T.SPAN == 1:
+                i = tl.arange(0, N * BLOCK_K * T.BLOCK_G)
+                g = i % T.BLOCK_G
+                k = i // T.BLOCK_G % BLOCK_K
+                n = i // (T.BLOCK_G * BLOCK_K)
+            else:
+                i = tl.arange(0, N * BLOCK_K * T.BLOCK_G)
+                LANES: tl.constexpr = 32 if BLOCK_K >= 32 else BLOCK_K
+                WG: tl.constexpr = 8 if T.BLOCK_G >= 8 else T.BLOCK_G
+                g = i // LANES % WG + i // (BLOCK_K * WG) % (T.BLOCK_G // WG) * WG
+                k = i % LANES + i // (LANES * WG) % (BLOCK_K // LANES) * LANES
+                n = i // (T.BLOCK_G * BLOCK_K)
+            live = (g < T.GROUP) & (k < K)
+            f = k // T.SPAN
+            lane = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
+            picked = tl.gather(v, tl.where(live, n * (W * T.BLOCK_L) + lane, 0), 0)
+            picked = tl.where(live, picked, 0.0)
+            if T.SPAN == 1:
+                return tl.reshape(tl.sum(tl.reshape(picked, [N, BLOCK_K, T.BLOCK_G]), 1), [N * T.BLOCK_G])
+            else:
+                picked = tl.reshape(picked, [N, T.BLOCK_G // WG, BLOCK_K // LANES, WG, LANES])
+                return tl.reshape(tl.sum(tl.sum(picked, 2), 3), [N * T.BLOCK_G])
 
 
 @triton.jit

@@ -249,7 +249,7 @@ def build(problem: Problem, choice: Choice) -> Plan:
         *problem[2:4],
         rows,
         width,
-        Tile(*tile[:8], ONCE=resident, STAGES=choice.stages),
+        Tile(*tile[:8], ONCE=resident, STAGES=choice.stages, ROW_WARPS=_row_warps(tile, choice.num_warps)),
         choice.num_warps,
         groups,
         tiles,
@@ -261,3 +261,9 @@ def build(problem: Problem, choice: Choice) -> Plan:
         slots=min(choice.slots or groups, groups),
         choice=choice,
     )
+
+
+def _row_warps(tile: Tile, num_warps: int) -> int:
+    """Warps that have rows of the same lanes: Triton gives threads, then warps, to lanes first, a vector to each."""
+    threads = max(1, tile.BLOCK_L // tile.V)
+    return max(1, min(num_warps // max(1, threads // 32), tile.BLOCK_R // max(1, 32 // threads)))

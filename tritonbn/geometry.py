@@ -31,6 +31,7 @@ class Tile(NamedTuple):
     BLOCK_F: int  # SPAN * FOLD as a power of two
     ONCE: bool = False  # all that a program reads is one tile
     STAGES: int = 1  # of the loads in a reduction's loop
+    ROW_WARPS: int = 1  # warps that have rows of the same lanes
 
 
 @lru_cache(maxsize=4096)
