@@ -154,6 +154,21 @@ def channels(group, C, width, T: tl.constexpr):
 
 
 @triton.jit
+def lane_channels(group, C, width, T: tl.constexpr):
+    """The channels to load vectors of for `spread`, and which of them exist.
+
+    Those of the lanes [BLOCK_L] where neighbouring lanes are neighbouring channels, else `channels` of the group.
+    """
+    if T.SPAN == 1 and T.FOLD > 1:
+        EXTENT: tl.constexpr = T.FOLD * T.GROUP
+        lane = tl.arange(0, T.BLOCK_L)
+        live = (lane < EXTENT) & (group.to(tl.int64) * EXTENT + lane < width.to(tl.int64) * T.V)
+        return group * T.GROUP + lane % T.GROUP, live
+    else:
+        return channels(group, C, width, T)
+
+
+@triton.jit
 def load_channels(ptr, c, live):
     """Per-channel values [BLOCK_G] in the dtype of the arithmetic."""
     return widen(tl.load(ptr + c, mask=live, other=0.0))
@@ -204,14 +219,14 @@ def fold_two(v, w, T: tl.constexpr):
 def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
     """Sum N tiles [N, BLOCK_L, BLOCK_R] over rows and lanes to [N * BLOCK_G], through shared memory once.
 
-    Rows are summed in a thread, then in a warp. What the ROW_WARPS warps that share a lane have left is read again by
-    neighbouring threads from neighbouring addresses: a sum across warps would read and write with a stride.
+    Rows are summed in a thread, then in a warp. What the ROW_WARPS warps that share lanes have left, neighbouring
+    threads read again from neighbouring addresses; Triton's sum across warps would write and read with a stride.
     """
     if T.GROUP == 1:
         return tl.sum(tl.reshape(v, [N, T.BLOCK_L * T.BLOCK_R]), 1)
     else:
         W: tl.constexpr = T.ROW_WARPS
-        ROWS: tl.constexpr = 32 * T.V // T.BLOCK_L if 32 * T.V > T.BLOCK_L else 1  # of a warp's access
+        ROWS: tl.constexpr = 32 * T.V // T.BLOCK_L if 32 * T.V > T.BLOCK_L else 1  # that a warp reads at a time
         Q: tl.constexpr = ROWS if T.BLOCK_R >= W * ROWS else 1
         v = tl.sum(tl.reshape(v, [N, T.BLOCK_L, T.BLOCK_R // (W * Q), W, Q]), 2)
         v = tl.sum(v, 3)  # [N, BLOCK_L, W]
@@ -219,36 +234,38 @@ def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
         if K == 1:
             return tl.reshape(v, [N * T.BLOCK_L])
         else:
-            v = tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L])
+            # k counts what a channel g sums: neighbours of a warp's threads are k where those are neighbouring lanes,
+            # else g; the shape is [N, A, B, G, K], of which all but the last two are registers of a thread.
             BLOCK_K: tl.constexpr = W * T.BLOCK_F
-            if T.SPAN == 1:
-                i = tl.arange(0, N * BLOCK_K * T.BLOCK_G)
-                g = i % T.BLOCK_G
-                k = i // T.BLOCK_G % BLOCK_K
-                n = i // (T.BLOCK_G * BLOCK_K)
-            else:
-                i = tl.arange(0, N * BLOCK_K * T.BLOCK_G)
-                LANES: tl.constexpr = 32 if BLOCK_K >= 32 else BLOCK_K
-                WG: tl.constexpr = 8 if T.BLOCK_G >= 8 else T.BLOCK_G
-                g = i // LANES % WG + i // (BLOCK_K * WG) % (T.BLOCK_G // WG) * WG
-                k = i % LANES + i // (LANES * WG) % (BLOCK_K // LANES) * LANES
-                n = i // (T.BLOCK_G * BLOCK_K)
+            LK: tl.constexpr = (32 if BLOCK_K >= 32 else BLOCK_K) if T.SPAN > 1 else 1
+            LG: tl.constexpr = (8 if T.BLOCK_G >= 8 else T.BLOCK_G) if T.SPAN > 1 else T.BLOCK_G
+            i = tl.arange(0, N * T.BLOCK_G * BLOCK_K)
+            k = i % LK + i // (LK * LG) % (BLOCK_K // LK) * LK
+            g = i // LK % LG + i // (LG * BLOCK_K) % (T.BLOCK_G // LG) * LG
             live = (g < T.GROUP) & (k < K)
             f = k // T.SPAN
-            lane = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
-            picked = tl.gather(v, tl.where(live, n * (W * T.BLOCK_L) + lane, 0), 0)
-            picked = tl.where(live, picked, 0.0)
-            if T.SPAN == 1:
-                return tl.reshape(tl.sum(tl.reshape(picked, [N, BLOCK_K, T.BLOCK_G]), 1), [N * T.BLOCK_G])
-            else:
-                picked = tl.reshape(picked, [N, T.BLOCK_G // WG, BLOCK_K // LANES, WG, LANES])
-                return tl.reshape(tl.sum(tl.sum(picked, 2), 3), [N * T.BLOCK_G])
+            at = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
+            at += i // (T.BLOCK_G * BLOCK_K) * (W * T.BLOCK_L)
+            v = tl.gather(tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L]), tl.where(live, at, 0), 0)
+            v = tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // LK, LG, LK])
+            return tl.reshape(tl.sum(tl.sum(v, 2), 3), [N * T.BLOCK_G])
+
+
+@triton.jit
+def sum_two_partials(v, w):
+    """Sum two [BLOCK_G, BLOCK_P] over the partials, as `fold_parts` does."""
+    G: tl.constexpr = v.shape[0]
+    P: tl.constexpr = v.shape[1]
+    both = tl.permute(tl.join(v, w), [2, 1, 0])
+    if G > 1:
+        both = tl.gather(tl.reshape(both, [2 * P * G]), tl.arange(0, 2 * P * G), 0)
+    return tl.split(tl.trans(tl.sum(tl.reshape(both, [2, P, G]), 1)))
 
 
 @triton.jit
 def spread(v, T: tl.constexpr):
-    """Values per channel [BLOCK_G] as a column that broadcasts over a tile: [BLOCK_L, 1], or [1, 1] in planes."""
-    if T.GROUP == 1 or T.SPAN * T.FOLD == 1:
+    """Values of `channels` or `lane_channels` as a column that broadcasts over a tile: [BLOCK_L, 1], [1, 1] in planes."""
+    if T.GROUP == 1 or v.shape[0] == T.BLOCK_L:
         return v[:, None]
     else:
         channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
