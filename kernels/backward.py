@@ -15,7 +15,6 @@ from .tiles import (
     channels,
     filled,
     fold_two,
-    lane_channels,
     load_channels,
     load_tile,
     normalize,
@@ -138,21 +137,19 @@ def gradient_sums_kernel(
     before and after.  Reads dy and x (and residual or bits) once, writes dx and dresidual once.
     """
     group = tl.program_id(0)
-    c, live = lane_channels(group, C, width, T)
-    mean, _, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+    c, live = channels(group, C, width, T)
+    mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, tile_count(R, width, T))
     s1, s2, _, _ = program_sums(
         dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1, mean, scale, shift, R, C, width,
         T, ACT,
     )  # fmt: skip
-    c, live = channels(group, C, width, T)
     store_partial_sums(workspace_ptr, s1, s2, c, live, C)
     tl.debug_barrier()  # every store of this program comes before the release below
     ticket = ticket_ptr + group
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         s1, s2 = merge_sums(workspace_ptr, c, live, C, T, BLOCK_P)
-        rstd = load_channels(rstd_ptr, c, live)
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
         store_parameter_gradients(s2_ptr, s1_ptr, s1, s2, rstd, c, live)
         tl.store(ticket, 0)  # ready for the next launch or graph replay
@@ -176,7 +173,7 @@ def input_gradient_kernel(
     dresidual once.
     """
     group = tl.program_id(0)
-    c, live = lane_channels(group, C, width, T)
+    c, live = channels(group, C, width, T)
     mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     if s1_ptr is not None:
@@ -215,15 +212,13 @@ def backward_kernel(
     writes dx once; dresidual is written first and read in place of dy, residual and bits.
     """
     group = tl.program_id(0)
-    c, live = lane_channels(group, C, width, T)
-    mean, _, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+    c, live = channels(group, C, width, T)
+    mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     s1, s2, dz0, x0 = program_sums(
         dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, 0, total, mean, scale, shift, R, C, width,
         T, ACT,
     )  # fmt: skip
-    c, live = channels(group, C, width, T)
-    rstd = load_channels(rstd_ptr, c, live)
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
     M = filled(total, R, width, T).to(rstd.dtype)
     input_gradients_again(

@@ -12,7 +12,7 @@ from .backward import input_gradients_again, merge_sums, program_sums, store_par
 from .gradients import load_vectors
 from .normalize import normalize_again
 from .statistics import count_batch, merge_statistics, program_statistics, ratio, store_partial, store_statistics
-from .tiles import channels, filled, lane_channels, load_channels, load_scale, load_shift, tile_count
+from .tiles import channels, filled, load_scale, load_shift, tile_count
 
 
 @triton.jit
@@ -98,17 +98,15 @@ def cooperative_backward_kernel(
     t1 = tl.minimum(t0 + tiles, total)
     for i in tl.range(0, tl.cdiv(groups - tl.program_id(0), tl.num_programs(0))):
         group = tl.program_id(0) + i * tl.num_programs(0)
-        c, live = lane_channels(group, C, width, T)
-        mean, _, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
+        c, live = channels(group, C, width, T)
+        mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
         s1, s2, dz0, x0 = program_sums(
             dy_ptr, x_ptr, residual_ptr, bits_ptr, None, dresidual_ptr, group, t0, t1, mean, scale, shift,
             R, C, width, T, ACT,
         )  # fmt: skip
-        c, live = channels(group, C, width, T)
         store_partial_sums(workspace_ptr, s1, s2, c, live, C)
         slot_barrier(semaphore_ptr)
         s1, s2 = merge_sums(workspace_ptr, c, live, C, T, BLOCK_P)
-        rstd = load_channels(rstd_ptr, c, live)
         store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live & (tl.program_id(1) == 0))
         input_gradients_again(
             dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, t0, t1,

@@ -11,7 +11,6 @@ from .statistics import count_batch, program_statistics, reciprocal_std, store_s
 from .tiles import (
     channels,
     filled,
-    lane_channels,
     load_channels,
     load_scale,
     load_shift,
@@ -82,7 +81,7 @@ def normalize_kernel(
     None.  Reads x and residual once, writes y and bits once.
     """
     group = tl.program_id(0)
-    c, live = lane_channels(group, C, width, T)
+    c, live = channels(group, C, width, T)
     rstd = load_channels(rstd_ptr, c, live)
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
@@ -110,13 +109,12 @@ def inference_kernel(
     once, writes y and bits once.
     """
     group = tl.program_id(0)
-    if mean_ptr is not None and tl.program_id(1) == 0:
-        c, live = channels(group, C, width, T)
-        tl.store(mean_ptr + c, load_channels(running_mean_ptr, c, live), mask=live)
-        tl.store(rstd_ptr + c, reciprocal_std(load_channels(running_var_ptr, c, live), eps), mask=live)
-    c, live = lane_channels(group, C, width, T)
+    c, live = channels(group, C, width, T)
     mean = load_channels(running_mean_ptr, c, live)
     rstd = reciprocal_std(load_channels(running_var_ptr, c, live), eps)
+    if mean_ptr is not None and tl.program_id(1) == 0:
+        tl.store(mean_ptr + c, mean, mask=live)
+        tl.store(rstd_ptr + c, rstd, mask=live)
     scale = load_scale(weight_ptr, rstd, c, live)
     shift = load_shift(bias_ptr, rstd, c, live)
     t0 = tl.program_id(1) * tiles

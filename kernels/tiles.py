@@ -154,21 +154,6 @@ def channels(group, C, width, T: tl.constexpr):
 
 
 @triton.jit
-def lane_channels(group, C, width, T: tl.constexpr):
-    """The channels to load vectors of for `spread`, and which of them exist.
-
-    Those of the lanes [BLOCK_L] where neighbouring lanes are neighbouring channels, else `channels` of the group.
-    """
-    if T.SPAN == 1 and T.FOLD > 1:
-        EXTENT: tl.constexpr = T.FOLD * T.GROUP
-        lane = tl.arange(0, T.BLOCK_L)
-        live = (lane < EXTENT) & (group.to(tl.int64) * EXTENT + lane < width.to(tl.int64) * T.V)
-        return group * T.GROUP + lane % T.GROUP, live
-    else:
-        return channels(group, C, width, T)
-
-
-@triton.jit
 def load_channels(ptr, c, live):
     """Per-channel values [BLOCK_G] in the dtype of the arithmetic."""
     return widen(tl.load(ptr + c, mask=live, other=0.0))
@@ -247,8 +232,10 @@ def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
             at = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
             at += i // (T.BLOCK_G * BLOCK_K) * (W * T.BLOCK_L)
             v = tl.gather(tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L]), tl.where(live, at, 0), 0)
-            v = tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // LK, LG, LK])
-            return tl.reshape(tl.sum(tl.sum(v, 2), 3), [N * T.BLOCK_G])
+            v = tl.sum(tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // LK, LG, LK]), 2)
+            if LK > 1:
+                v = tl.sum(v, 3)
+            return tl.reshape(v, [N * T.BLOCK_G])
 
 
 @triton.jit
@@ -264,9 +251,12 @@ def sum_two_partials(v, w):
 
 @triton.jit
 def spread(v, T: tl.constexpr):
-    """Values of `channels` or `lane_channels` as a column that broadcasts over a tile: [BLOCK_L, 1], [1, 1] in planes."""
-    if T.GROUP == 1 or v.shape[0] == T.BLOCK_L:
+    """Values per channel [BLOCK_G] as a column that broadcasts over a tile: [BLOCK_L, 1], or [1, 1] in planes."""
+    if T.GROUP == 1 or T.SPAN * T.FOLD == 1:
         return v[:, None]
     else:
         channel = tl.arange(0, T.BLOCK_L) // T.SPAN % T.GROUP
+        if T.SPAN == 1 and T.BLOCK_G > T.V:  # neighbouring threads read channels V apart: at neighbouring addresses
+            v = tl.reshape(tl.trans(tl.reshape(v, [T.BLOCK_G // T.V, T.V])), [T.BLOCK_G])
+            channel = channel % T.V * (T.BLOCK_G // T.V) + channel // T.V
         return tl.gather(v, channel, 0)[:, None]
