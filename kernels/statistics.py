@@ -53,7 +53,7 @@ def program_statistics(x_ptr, group, t0, t1, R, C, width, T: tl.constexpr):
             s += d
             q += d * d
     s, q = fold_two(s, q, T)
-    delta = ratio(s, (filled(t1, group, R, width, T) - before).to(x.dtype))
+    delta = ratio(s, tl.maximum(filled(t1, group, R, width, T) - before, 1).to(x.dtype))  # the last block may be empty
     return k, delta, q - s * delta, first
 
 
