@@ -123,50 +123,57 @@ def store_tile(ptr, at, mask, value, group, t, R, width, T: tl.constexpr):
 
 
 @triton.jit
-def bits(group, t, R, C, width, T: tl.constexpr):
-    """Offsets [BLOCK_L / 8, BLOCK_R] int64 and mask of the bytes that hold a bit for each element of tile t.
+def bits(group, t, R, C, width, T: tl.constexpr, UNIT: tl.constexpr):
+    """Offsets [BLOCK_L / UNIT, BLOCK_R] int64, in units of UNIT bits, and mask of a bit for each element of tile t.
 
     Bit i of a byte is lane 8 * j + i. Each row starts a byte; so does each channel group (in planes, each channel),
-    unless a group's lanes are whole bytes anyway.
+    unless a group's lanes are whole bytes anyway. UNIT is 8, or 32 where all that are whole words (WORDS).
     """
     row = tl.arange(0, T.BLOCK_R)
-    byte = tl.arange(0, (T.BLOCK_L + 7) // 8)
+    unit = tl.arange(0, (T.BLOCK_L + UNIT - 1) // UNIT)
     if T.GROUP == 1:
         blocks = lane_blocks(width, T)
         row += t // blocks * T.BLOCK_R
-        byte += t % blocks * (T.BLOCK_L // 8)  # one block where lanes are fewer than 8
-        run = tl.cdiv(width * T.V + (T.ALIGN - 1), 8)
+        unit += t % blocks * (T.BLOCK_L // UNIT)  # one block where lanes are fewer
+        run = tl.cdiv(width * T.V + (T.ALIGN - 1), UNIT)
         length = run.to(tl.int64) * C
-        live = byte < run
+        live = unit < run
         start = group.to(tl.int64) * run
     else:
         row += t * T.BLOCK_R
         EXTENT: tl.constexpr = T.FOLD * T.GROUP * T.SPAN
-        RUN: tl.constexpr = (EXTENT + 7) // 8
+        RUN: tl.constexpr = (EXTENT + UNIT - 1) // UNIT
         start = group.to(tl.int64) * RUN
         length = tl.cdiv(width.to(tl.int64) * T.V, EXTENT) * RUN
-        if EXTENT % 8 == 0:
-            length = tl.cdiv(width.to(tl.int64) * T.V, 8)
-        live = (byte < RUN) & (start + byte < length)
-    at = (start + byte)[:, None] + row.to(tl.int64)[None, :] * length
+        if EXTENT % UNIT == 0:
+            length = tl.cdiv(width.to(tl.int64) * T.V, UNIT)
+        live = (unit < RUN) & (start + unit < length)
+    at = (start + unit)[:, None] + row.to(tl.int64)[None, :] * length
     return at, live[:, None] & (row < R)[None, :]
 
 
 @triton.jit
 def store_bits(ptr, tile, group, t, R, C, width, T: tl.constexpr):
-    """Store a tile of booleans, packed."""
-    PER: tl.constexpr = 8 if T.BLOCK_L >= 8 else T.BLOCK_L
-    at, mask = bits(group, t, R, C, width, T)
+    """Store a tile of booleans, packed: words where threads share a byte, else each its own bytes."""
+    UNIT: tl.constexpr = 32 if T.WORDS and T.V < 8 else 8
+    PER: tl.constexpr = UNIT if T.BLOCK_L >= UNIT else T.BLOCK_L
+    at, mask = bits(group, t, R, C, width, T, UNIT)
     shift = tl.arange(0, PER)[None, :, None]
-    packed = tl.reshape(tile.to(tl.int32), [T.BLOCK_L // PER, PER, T.BLOCK_R]) << shift
-    tl.store(ptr + at, tl.sum(packed, 1).to(tl.uint8), mask=mask)
+    packed = tl.sum(tl.reshape(tile.to(tl.int32), [T.BLOCK_L // PER, PER, T.BLOCK_R]) << shift, 1)
+    if UNIT == 32:
+        tl.store(ptr.to(tl.pointer_type(tl.int32), bitcast=True) + at, packed, mask=mask)
+    else:
+        tl.store(ptr + at, packed.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def load_bits(ptr, group, t, R, C, width, T: tl.constexpr):
     """A tile of booleans [BLOCK_L, BLOCK_R] that `store_bits` stored; False outside of the tensor."""
-    PER: tl.constexpr = 8 if T.BLOCK_L >= 8 else T.BLOCK_L
-    at, mask = bits(group, t, R, C, width, T)
+    UNIT: tl.constexpr = 32 if T.WORDS else 8
+    PER: tl.constexpr = UNIT if T.BLOCK_L >= UNIT else T.BLOCK_L
+    at, mask = bits(group, t, R, C, width, T, UNIT)
+    if UNIT == 32:
+        ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     packed = tl.load(ptr + at, mask=mask, other=0).to(tl.int32)
     unpacked = (packed[:, None, :] >> tl.arange(0, PER)[None, :, None]) & 1 != 0
     return tl.reshape(unpacked, [T.BLOCK_L, T.BLOCK_R])

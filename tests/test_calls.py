@@ -94,6 +94,34 @@ def test_saved_tensors_that_hooks_laid_out_anew(
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_bits_that_a_hook_put_at_an_odd_address(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read words of them: they are moved to where words may be."""
+    x, r = (random(4, 64, seed=seed).to(device).requires_grad_() for seed in (0, 1))
+    start, given = launch._launch, []
+
+    def note(kernel: Any, grid: Any, plan: Any, *args: Any, **rest: Any) -> None:
+        given.extend(t for t in args if isinstance(t, Tensor) and t.dtype == torch.uint8)
+        start(kernel, grid, plan, *args, **rest)
+
+    def odd(t: Tensor) -> Tensor:
+        if t.dtype != torch.uint8:
+            return t
+        room = torch.empty(t.numel() + 1, dtype=torch.uint8, device=device)[1:]
+        return room.copy_(t)
+
+    y = batch_norm(x, None, None, training=True, activation="relu", residual=r)
+    true = torch.autograd.grad(y.square().sum(), (x, r))
+    with saved_tensors_hooks(lambda t: t, odd):
+        y = batch_norm(x, None, None, training=True, activation="relu", residual=r)
+    monkeypatch.setattr(launch, "_launch", note)
+    with forced("split"):
+        ours = torch.autograd.grad(y.square().sum(), (x, r))
+    assert given
+    assert all(t.data_ptr() % 4 == 0 for t in given)
+    for mine, theirs in zip(ours, true, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("change", "got"),
     [

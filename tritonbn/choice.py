@@ -224,7 +224,9 @@ def cut(problem: Problem, block_r: int, block_l: int) -> Cut:
         group = block_g = block_l = min(block_l, lanes)
     extent = positions if group == 1 else group * tile.SPAN * tile.FOLD
     tiles = -(-rows // block_r) * -(-extent // block_l)
-    tile = tile._replace(GROUP=group, BLOCK_R=block_r, BLOCK_L=block_l, BLOCK_G=block_g)
+    runs = extent if group > 1 else 0, width * tile.V + tile.ALIGN - 1, block_l
+    words = all(lanes % 32 == 0 for lanes in runs)
+    tile = tile._replace(GROUP=group, BLOCK_R=block_r, BLOCK_L=block_l, BLOCK_G=block_g, WORDS=words)
     return Cut(tile, width, rows, -(-C // group), tiles)
 
 

@@ -32,6 +32,7 @@ class Tile(NamedTuple):
     ONCE: bool = False  # all that a program reads is one tile
     STAGES: int = 1  # of the loads in a reduction's loop
     ROW_WARPS: int = 1  # warps that have rows of the same lanes
+    WORDS: bool = False  # bits of a row, of a channel group and of a block of lanes are whole words
     ALIGN: int = 1  # planes that V is too narrow for are read from the multiple of ALIGN elements before their start
 
     @property

@@ -156,7 +156,7 @@ def backward(
     x, weight, bias, residual, bits, mean, rstd = saved
     costly = costs(activation, bits)
     plan, launches = _planned(planned, "backward", x, costly)
-    _check_bits(bits, plan)
+    bits = _checked_bits(bits, plan)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -206,10 +206,11 @@ def backward(
     return gradients
 
 
-def _check_bits(bits: Tensor | None, plan: Plan) -> None:
-    """Raise RuntimeError for bits of another tensor."""
+def _checked_bits(bits: Tensor | None, plan: Plan) -> Tensor | None:
+    """The bits, at an address that words can be read from. Raises RuntimeError for bits of another tensor."""
     if bits is not None and bits.numel() != plan.bit_bytes:
         raise RuntimeError(f"expected {plan.bit_bytes} bytes of bits for {list(plan.shape)}, got {bits.numel()}")
+    return bits.clone() if bits is not None and bits.data_ptr() % 4 else bits
 
 
 def costs(activation: Activation, bits: Tensor | None) -> bool:
