@@ -250,7 +250,10 @@ def normalize(x, mean, scale, shift):
 @triton.jit
 def fold(v, T: tl.constexpr):
     """Sum a tile [BLOCK_L, BLOCK_R] over rows and lanes to one value per channel [BLOCK_G]."""
-    return fold_parts(tl.reshape(v, [1, T.BLOCK_L, T.BLOCK_R]), 1, T)
+    if T.GROUP == 1:
+        return tl.sum(tl.ravel(v), 0, keep_dims=True)
+    else:
+        return fold_parts(v[None, :, :], 1, T)
 
 
 @triton.jit
@@ -265,42 +268,39 @@ def fold_two(v, w, T: tl.constexpr):
 
 @triton.jit
 def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
-    """Sum N tiles [N, BLOCK_L, BLOCK_R] over rows and lanes to [N * BLOCK_G], through shared memory once.
+    """Sum N tiles [N, BLOCK_L, BLOCK_R] of several channels to [N * BLOCK_G], through shared memory once.
 
     Rows are summed in a thread, then in a warp. What the ROW_WARPS warps that share lanes have left, neighbouring
     threads read again from neighbouring addresses; Triton's sum across warps would write and read with a stride.
     """
-    if T.GROUP == 1:
-        return tl.sum(tl.reshape(v, [N, T.BLOCK_L * T.BLOCK_R]), 1)
+    W: tl.constexpr = T.ROW_WARPS
+    ROWS: tl.constexpr = 32 * T.V // T.BLOCK_L if 32 * T.V > T.BLOCK_L else 1  # that a warp reads at a time
+    Q: tl.constexpr = ROWS if T.BLOCK_R >= W * ROWS else 1
+    v = tl.sum(tl.reshape(v, [N, T.BLOCK_L, T.BLOCK_R // (W * Q), W, Q]), 2)
+    v = tl.sum(v, 3)  # [N, BLOCK_L, W]
+    K: tl.constexpr = W * T.FOLD * T.SPAN
+    if K == 1:
+        return tl.reshape(v, [N * T.BLOCK_L])
     else:
-        W: tl.constexpr = T.ROW_WARPS
-        ROWS: tl.constexpr = 32 * T.V // T.BLOCK_L if 32 * T.V > T.BLOCK_L else 1  # that a warp reads at a time
-        Q: tl.constexpr = ROWS if T.BLOCK_R >= W * ROWS else 1
-        v = tl.sum(tl.reshape(v, [N, T.BLOCK_L, T.BLOCK_R // (W * Q), W, Q]), 2)
-        v = tl.sum(v, 3)  # [N, BLOCK_L, W]
-        K: tl.constexpr = W * T.FOLD * T.SPAN
-        if K == 1:
-            return tl.reshape(v, [N * T.BLOCK_L])
-        else:
-            # k counts what a channel g sums: neighbours of a warp's threads are k where those are neighbouring lanes,
-            # else g; the shape is [N, A, B, B, G, K], of which all but the last two are registers of a thread.
-            BLOCK_K: tl.constexpr = W * T.BLOCK_F
-            LK: tl.constexpr = (32 if BLOCK_K >= 32 else BLOCK_K) if T.SPAN > 1 else 1
-            LG: tl.constexpr = (8 if T.BLOCK_G >= 8 else T.BLOCK_G) if T.SPAN > 1 else T.BLOCK_G
-            i = tl.arange(0, N * T.BLOCK_G * BLOCK_K)
-            k = i % LK + i // (LK * LG) % (BLOCK_K // LK) * LK
-            g = i // LK % LG + i // (LG * BLOCK_K) % (T.BLOCK_G // LG) * LG
-            live = (g < T.GROUP) & (k < K)
-            f = k // T.SPAN
-            at = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
-            at += i // (T.BLOCK_G * BLOCK_K) * (W * T.BLOCK_L)
-            v = tl.gather(tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L]), tl.where(live, at, 0), 0)
-            B: tl.constexpr = 8 if BLOCK_K // LK >= 8 else BLOCK_K // LK
-            v = tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // (LK * B), B, LG, LK])
-            v = tl.sum(tl.sum(v, 2), 2)
-            if LK > 1:
-                v = tl.sum(v, 3)
-            return tl.reshape(v, [N * T.BLOCK_G])
+        # k counts what a channel g sums: neighbours of a warp's threads are k where those are neighbouring lanes,
+        # else g; the shape is [N, A, B, B, G, K], of which all but the last two are registers of a thread.
+        BLOCK_K: tl.constexpr = W * T.BLOCK_F
+        LK: tl.constexpr = (32 if BLOCK_K >= 32 else BLOCK_K) if T.SPAN > 1 else 1
+        LG: tl.constexpr = (8 if T.BLOCK_G >= 8 else T.BLOCK_G) if T.SPAN > 1 else T.BLOCK_G
+        i = tl.arange(0, N * T.BLOCK_G * BLOCK_K)
+        k = i % LK + i // (LK * LG) % (BLOCK_K // LK) * LK
+        g = i // LK % LG + i // (LG * BLOCK_K) % (T.BLOCK_G // LG) * LG
+        live = (g < T.GROUP) & (k < K)
+        f = k // T.SPAN
+        at = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
+        at += i // (T.BLOCK_G * BLOCK_K) * (W * T.BLOCK_L)
+        v = tl.gather(tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L]), tl.where(live, at, 0), 0)
+        B: tl.constexpr = 8 if BLOCK_K // LK >= 8 else BLOCK_K // LK
+        v = tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // (LK * B), B, LG, LK])
+        v = tl.sum(tl.sum(v, 2), 2)
+        if LK > 1:
+            v = tl.sum(v, 3)
+        return tl.reshape(v, [N * T.BLOCK_G])
 
 
 @triton.jit
