@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.sound import assert_sound
-from tritonbn import model
+from tritonbn import cost, model
 from tritonbn.choice import LARGEST_TILE, Choice, Path, Plan, Problem, build
 from tritonbn.device import H200, KNOWN, Constants, Device
-from tritonbn.model import best, neighbours, plans_for, seconds
+from tritonbn.model import best, neighbours, plans_for
+from tritonbn.cost import seconds
 from tritonbn.plan import forced, make_plan
 from tritonbn.traffic import Operands, floor_bytes
 
@@ -244,7 +245,7 @@ def test_no_plan_that_was_not_built_would_have_been_better(
     device = replace(device, measured=constants)
 
     def time(plan: Plan) -> float:
-        known = not plan.cooperative or model.kind(plan.path, problem, device) in device.factors
+        known = not plan.cooperative or cost.kind(plan.path, problem, device) in device.factors
         return seconds(plan, problem, device) * (model.DOUBT if plan.cooperative else 1) if known else inf
 
     assert time(best(problem, device)) == min(map(time, plans_for(problem, device)))

@@ -15,7 +15,7 @@ class Constants(NamedTuple):
     # L2 delivers so many times what memory does; a part of it is filled by what is written, and by other kernels.
     l2_speed: float = 1.5
     l2_share: float = 0.6
-    # Of kinds of plans (see `model.kind`), measured time by predicted time.
+    # Of kinds of plans (see `cost.kind`), measured time by predicted time.
     factors: tuple[tuple[str, float], ...] = ()
     waiting: bool = False  # plans whose programs wait for each other were measured, too
 
