@@ -23,6 +23,7 @@ from .tiles import (
     tile,
     tile_count,
     widen,
+    within,
 )
 
 
@@ -41,7 +42,7 @@ def program_sums(
     )  # [BLOCK_L, BLOCK_R] fp32
     dz0 = s1.to(dy_ptr.dtype.element_ty)
     store_gradients(dx_ptr, dresidual_ptr, s1, scale, group, t0, R, C, width, T)
-    s2 = s1 * tl.where(tile(group, t0, R, C, width, T)[1], d, 0.0)
+    s2 = s1 * within(d, tile(group, t0, R, C, width, T)[1], group, t0, R, width, T)
     if not T.ONCE:
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES):
             dz, d, _ = load_gradient(
@@ -49,7 +50,7 @@ def program_sums(
             )
             store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
             s1 += dz
-            s2 += dz * tl.where(tile(group, t, R, C, width, T)[1], d, 0.0)
+            s2 += dz * within(d, tile(group, t, R, C, width, T)[1], group, t, R, width, T)
     s1, s2 = fold_two(s1, s2, T)
     return s1, s2, dz0, x0
 
@@ -94,17 +95,18 @@ def input_gradients_again(
 ):  # fmt: skip
     """dx of a group's tiles t1 - 1 down to t0 after their sums; dz0 and x0 are of tile t0 if the program KEPT them.
 
-    dresidual, if wanted, was written with the sums and is read in place of dy, residual and bits.
+    dresidual, if wanted, was written with the sums and is read in place of dy, residual and bits, but where ALIGN > 1.
     """
     mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
     dz_mean, slope = spread(dz_mean, T), spread(slope, T)
     if not T.ONCE:
-        if dresidual_ptr is not None:
+        AGAIN: tl.constexpr = dresidual_ptr is not None and T.ALIGN == 1  # whole accesses would read what others write
+        if AGAIN:
             tl.debug_barrier()  # what the program's other threads wrote is read below
         FIRST: tl.constexpr = 1 if KEPT else 0
         for i in tl.range(0, t1 - t0 - FIRST):
             t = t1 - 1 - i
-            if dresidual_ptr is not None:
+            if AGAIN:
                 at, mask = tile(group, t, R, C, width, T)
                 dz = widen(load_tile(dresidual_ptr, at, mask))
                 d = normalize(load_tile(x_ptr, at, mask, True), mean, scale, shift)[0]
@@ -177,7 +179,7 @@ def input_gradient_kernel(
     mean, rstd, scale, shift = load_vectors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, live)
     total = tile_count(R, width, T)
     if s1_ptr is not None:
-        M = filled(total, R, width, T).to(rstd.dtype)
+        M = filled(total, group, R, width, T).to(rstd.dtype)
         dz_mean = spread(ratio(load_channels(s1_ptr, c, live), M), T)
         slope = spread(ratio(load_channels(s2_ptr, c, live), M) * rstd, T)
     mean, scale, shift = spread(mean, T), spread(scale, T), spread(shift, T)
@@ -220,7 +222,7 @@ def backward_kernel(
         T, ACT,
     )  # fmt: skip
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
-    M = filled(total, R, width, T).to(rstd.dtype)
+    M = filled(total, group, R, width, T).to(rstd.dtype)
     input_gradients_again(
         dz0, x0, dy_ptr, x_ptr, residual_ptr, bits_ptr, dx_ptr, dresidual_ptr, group, 0, total,
         mean, scale, shift, ratio(s1, M), ratio(s2 * rstd, M) * rstd, R, C, width, T, ACT, True,

@@ -51,7 +51,7 @@ def cooperative_forward_kernel(
     memory and, unless one tile is enough, again from L2, residual once, writes y and bits once.
     """
     total = tile_count(R, width, T)
-    n = filled(total, R, width, T).to(mean_ptr.dtype.element_ty)
+    n = filled(total, tl.program_id(0), R, width, T).to(mean_ptr.dtype.element_ty)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, total)
     slot, slots = tl.program_id(0), tl.num_programs(0)
@@ -62,7 +62,7 @@ def cooperative_forward_kernel(
         k, delta, m2, first = program_statistics(x_ptr, group, t0, t1, R, C, width, T)
         store_partial(workspace_ptr, k, delta, m2, c, live, C)
         slot_barrier(semaphore_ptr)
-        k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
+        k, delta, m2 = merge_statistics(workspace_ptr, group, c, live, R, C, width, tiles, T, BLOCK_P)
         mean, rstd = store_statistics(
             mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live & (tl.program_id(1) == 0),
             n, eps, weight,
@@ -93,7 +93,7 @@ def cooperative_backward_kernel(
     written first and read in place of dy, residual and bits.
     """
     total = tile_count(R, width, T)
-    M = filled(total, R, width, T).to(rstd_ptr.dtype.element_ty)
+    M = filled(total, tl.program_id(0), R, width, T).to(rstd_ptr.dtype.element_ty)
     t0 = tl.program_id(1) * tiles
     t1 = tl.minimum(t0 + tiles, total)
     for i in tl.range(0, tl.cdiv(groups - tl.program_id(0), tl.num_programs(0))):

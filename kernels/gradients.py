@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .activations import gradient, gradient_where
-from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, normalize, store_tile, tile, widen
+from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, normalize, store_tile, tile, widen, within
 
 
 @triton.jit
@@ -41,7 +41,9 @@ def load_gradient(
     elif ACT.name != "identity":
         if residual_ptr is not None:
             z += widen(load_tile(residual_ptr, at, mask, LAST))
-        dz = tl.where(mask, gradient(dz, z, ACT), 0.0)
+        dz = gradient(dz, z, ACT)
+    if T.ALIGN > 1 or (bits_ptr is None and ACT.name != "identity"):
+        dz = within(dz, mask, group, t, R, width, T)
     return dz, d, x
 
 
@@ -50,6 +52,6 @@ def store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T: 
     """Store tile t of dx = scale * dz and of dresidual = dz where they are wanted."""
     at, mask = tile(group, t, R, C, width, T)
     if dx_ptr is not None:
-        store_tile(dx_ptr, at, mask, dz * scale)
+        store_tile(dx_ptr, at, mask, dz * scale, group, t, R, width, T)
     if dresidual_ptr is not None:
-        store_tile(dresidual_ptr, at, mask, dz)
+        store_tile(dresidual_ptr, at, mask, dz, group, t, R, width, T)

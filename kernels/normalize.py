@@ -33,7 +33,7 @@ def finish(z, residual_ptr, y_ptr, bits_ptr, group, t, R, C, width, T: tl.conste
         z += widen(load_tile(residual_ptr, at, mask))
     if bits_ptr is not None:
         store_bits(bits_ptr, upper(z, ACT), group, t, R, C, width, T)
-    store_tile(y_ptr, at, mask, activate(z, ACT))
+    store_tile(y_ptr, at, mask, activate(z, ACT), group, t, R, width, T)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def forward_kernel(
     c, live = channels(group, C, width, T)
     total = tile_count(R, width, T)
     k, delta, m2, first = program_statistics(x_ptr, group, 0, total, R, C, width, T)
-    n = filled(total, R, width, T).to(m2.dtype)
+    n = filled(total, group, R, width, T).to(m2.dtype)
     weight = count_batch(counter_ptr, group, tl.num_programs(0), group >= 0, momentum, CUMULATIVE)
     mean, rstd = store_statistics(
         mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, weight

@@ -8,7 +8,7 @@ however large the mean is. A partial is (k, delta, m2): mean = k + delta, m2 the
 import triton
 import triton.language as tl
 
-from .tiles import channels, filled, fold, fold_two, load_tile, spread, tile, tile_count, widen
+from .tiles import channels, filled, fold, fold_two, load_tile, spread, tile, tile_count, widen, within
 
 
 @triton.jit
@@ -37,22 +37,23 @@ def program_statistics(x_ptr, group, t0, t1, R, C, width, T: tl.constexpr):
     at, mask = tile(group, t0, R, C, width, T)
     first = load_tile(x_ptr, at, mask)  # [BLOCK_L, BLOCK_R]
     x = widen(first)
-    before = filled(t0, R, width, T)
-    k = ratio(fold(x, T), (filled(t0 + 1, R, width, T) - before).to(x.dtype))
+    before = filled(t0, group, R, width, T)
+    inside = x if T.ALIGN == 1 else within(x, mask, group, t0, R, width, T)
+    k = ratio(fold(inside, T), (filled(t0 + 1, group, R, width, T) - before).to(x.dtype))
     k = widen(k.to(first.dtype))  # as short as x, so that x - k is exact for 16-bit x
     k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean must come out as inf, not as inf - inf
     shift = spread(k, T)
-    s = tl.where(mask, x - shift, 0.0)  # [BLOCK_L, BLOCK_R] fp32
+    s = within(x - shift, mask, group, t0, R, width, T)  # [BLOCK_L, BLOCK_R] fp32
     q = s * s
     if not T.ONCE:
         UNROLL: tl.constexpr = 2 if T.STAGES == 1 else 1  # four loads in flight, or through shared memory more
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES, loop_unroll_factor=UNROLL):
             at, mask = tile(group, t, R, C, width, T)
-            d = tl.where(mask, widen(load_tile(x_ptr, at, mask)) - shift, 0.0)
+            d = within(widen(load_tile(x_ptr, at, mask)) - shift, mask, group, t, R, width, T)
             s += d
             q += d * d
     s, q = fold_two(s, q, T)
-    delta = ratio(s, (filled(t1, R, width, T) - before).to(x.dtype))
+    delta = ratio(s, (filled(t1, group, R, width, T) - before).to(x.dtype))
     return k, delta, q - s * delta, first
 
 
@@ -66,7 +67,7 @@ def store_partial(workspace_ptr, k, delta, m2, c, live, C):
 
 
 @triton.jit
-def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr, BLOCK_P: tl.constexpr):
+def merge_statistics(workspace_ptr, group, c, live, R, C, width, tiles, T: tl.constexpr, BLOCK_P: tl.constexpr):
     """(k, delta, m2) [BLOCK_G] of all P partials in workspace [P, 3, C]; in index order, whoever does it.
 
     delta is a weighted sum (an infinite mean stays infinite), m2 goes by Chan's update.
@@ -81,7 +82,7 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
     for p0 in tl.range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         there = (p < P)[None, :]
-        values = filled(tl.minimum(p * tiles + tiles, total), R, width, T) - filled(p * tiles, R, width, T)
+        values = filled(tl.minimum(p * tiles + tiles, total), group, R, width, T) - filled(p * tiles, group, R, width, T)
         n_p = tl.where(there, values[None, :], 0).to(k0.dtype)  # [1, BLOCK_P]
         mask = live[:, None] & there
         at = workspace_ptr + c[:, None] + (p * 3 * C)[None, :]
@@ -94,7 +95,7 @@ def merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T: tl.constexpr
         m2 += tl.where(mask, m2_p + step * step * n * share, 0.0)
         mean += tl.where(mask, step * share, 0.0)
         n += n_p
-    delta = ratio(tl.sum(weighted, 1), filled(total, R, width, T).to(k0.dtype))
+    delta = ratio(tl.sum(weighted, 1), filled(total, group, R, width, T).to(k0.dtype))
     apart = mean - delta[:, None]
     return k0, delta, tl.sum(tl.where(n > 0, m2 + n * apart * apart, 0.0), 1)
 
@@ -170,8 +171,8 @@ def statistics_kernel(
     ticket = ticket_ptr + group
     last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
     if last:
-        k, delta, m2 = merge_statistics(workspace_ptr, c, live, R, C, width, tiles, T, BLOCK_P)
-        n = filled(total, R, width, T).to(m2.dtype)
+        k, delta, m2 = merge_statistics(workspace_ptr, group, c, live, R, C, width, tiles, T, BLOCK_P)
+        n = filled(total, group, R, width, T).to(m2.dtype)
         weight = count_batch(counter_ptr, group, tl.num_programs(0), last, momentum, CUMULATIVE)
         store_statistics(
             mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, k, delta, m2, c, live, n, eps, weight

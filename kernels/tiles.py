@@ -27,6 +27,18 @@ def widen(x):
 
 
 @triton.jit
+def lead(group, width, T: tl.constexpr):
+    """Lanes before a plane: it is read from a multiple of ALIGN elements on."""
+    return (group.to(tl.int64) * (width * T.V) % T.ALIGN).to(tl.int32)
+
+
+@triton.jit
+def lane_blocks(width, T: tl.constexpr):
+    """Blocks of lanes that a plane needs, whatever its lead."""
+    return tl.cdiv(width * T.V + (T.ALIGN - 1), T.BLOCK_L)
+
+
+@triton.jit
 def load_tile(ptr, at, mask, LAST: tl.constexpr = False):
     """A tile in its own dtype, 0 where the mask is False.
 
@@ -39,27 +51,26 @@ def load_tile(ptr, at, mask, LAST: tl.constexpr = False):
 
 
 @triton.jit
-def store_tile(ptr, at, mask, value):
-    """Store a tile, rounded to the dtype of the tensor."""
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def tile(group, t, R, C, width, T: tl.constexpr):
     """Offsets [BLOCK_L, BLOCK_R] int64 and mask of tile t of a channel group; lane blocks are the inner order.
 
-    width is S / V in planes and L / V elsewhere: so the compiler knows that V divides both.
+    width is S / V in planes and L / V elsewhere: so the compiler knows that V divides both. With ALIGN the mask is that
+    of whole accesses, and the tile has elements of the neighbouring planes, which `within` takes out.
     """
     row = tl.arange(0, T.BLOCK_R)
     lane = tl.arange(0, T.BLOCK_L)
     if T.GROUP == 1:
         S = width * T.V
-        blocks = tl.cdiv(S, T.BLOCK_L)
+        blocks = lane_blocks(width, T)
         row += t // blocks * T.BLOCK_R
         lane += t % blocks * T.BLOCK_L
         start = group.to(tl.int64) * S
         length = S.to(tl.int64) * C
         live = lane < S
+        if T.ALIGN > 1:  # which divides the length, and so the compiler knows it
+            start = start // T.ALIGN * T.ALIGN
+            length = length // T.ALIGN * T.ALIGN
+            live = lane < tl.cdiv(lead(group, width, T) + S, T.ALIGN) * T.ALIGN
     else:
         EXTENT: tl.constexpr = T.FOLD * T.GROUP * T.SPAN
         row += t * T.BLOCK_R
@@ -68,6 +79,45 @@ def tile(group, t, R, C, width, T: tl.constexpr):
         live = (lane < EXTENT) & (start + lane < length)
     at = (start + lane)[:, None] + row.to(tl.int64)[None, :] * length
     return at, live[:, None] & (row < R)[None, :]
+
+
+@triton.jit
+def at_edge(group, t, R, width, T: tl.constexpr):
+    """(whether tile t may have lanes of other planes or rows beyond the last, its lanes less the plane's lead, rows)."""
+    blocks = lane_blocks(width, T)
+    lane = t % blocks * T.BLOCK_L - lead(group, width, T)
+    row = t // blocks * T.BLOCK_R
+    edge = (lane <= 0) | (lane + T.BLOCK_L > width * T.V) | (row + T.BLOCK_R > R)
+    return edge, lane + tl.arange(0, T.BLOCK_L), row + tl.arange(0, T.BLOCK_R)
+
+
+@triton.jit
+def within(v, mask, group, t, R, width, T: tl.constexpr):
+    """v [BLOCK_L, BLOCK_R] of tile t, 0 outside of the channel group and of the tensor; mask is that of `tile`."""
+    if T.ALIGN == 1:
+        return tl.where(mask, v, 0.0)
+    else:
+        edge, lane, row = at_edge(group, t, R, width, T)
+        if edge:
+            v = tl.where(((lane >= 0) & (lane < width * T.V))[:, None] & (row < R)[None, :], v, 0.0)
+        return v
+
+
+@triton.jit
+def store_tile(ptr, at, mask, value, group, t, R, width, T: tl.constexpr):
+    """Store tile t, rounded to the dtype of the tensor; at and mask are those of `tile`."""
+    value = value.to(ptr.dtype.element_ty)
+    if T.ALIGN == 1:
+        tl.store(ptr + at, value, mask=mask)
+    else:
+        S = width * T.V
+        edge, lane, row = at_edge(group, t, R, width, T)
+        first = (lane + lead(group, width, T)) // T.ALIGN * T.ALIGN - lead(group, width, T)  # of an access
+        whole = (first >= 0) & (first + T.ALIGN <= S)
+        tl.store(ptr + at, value, mask=whole[:, None] & (row < R)[None, :])
+        if edge:
+            part = (lane >= 0) & (lane < S) & (whole == 0)
+            tl.store(ptr + at, value, mask=part[:, None] & (row < R)[None, :])
 
 
 @triton.jit
@@ -80,10 +130,10 @@ def bits(group, t, R, C, width, T: tl.constexpr):
     row = tl.arange(0, T.BLOCK_R)
     byte = tl.arange(0, (T.BLOCK_L + 7) // 8)
     if T.GROUP == 1:
-        blocks = tl.cdiv(width * T.V, T.BLOCK_L)
+        blocks = lane_blocks(width, T)
         row += t // blocks * T.BLOCK_R
         byte += t % blocks * (T.BLOCK_L // 8)  # one block where lanes are fewer than 8
-        run = tl.cdiv(width * T.V, 8)
+        run = tl.cdiv(width * T.V + (T.ALIGN - 1), 8)
         length = run.to(tl.int64) * C
         live = byte < run
         start = group.to(tl.int64) * run
@@ -124,19 +174,20 @@ def load_bits(ptr, group, t, R, C, width, T: tl.constexpr):
 def tile_count(R, width, T: tl.constexpr):
     """Tiles of a channel group."""
     if T.GROUP == 1:
-        return tl.cdiv(R, T.BLOCK_R) * tl.cdiv(width * T.V, T.BLOCK_L)
+        return tl.cdiv(R, T.BLOCK_R) * lane_blocks(width, T)
     else:
         return tl.cdiv(R, T.BLOCK_R)
 
 
 @triton.jit
-def filled(t, R, width, T: tl.constexpr):
-    """Values that each channel has in tiles [0, t); int64, t a scalar or a block."""
+def filled(t, group, R, width, T: tl.constexpr):
+    """Values that each channel of a group has in tiles [0, t); int64, t a scalar or a block."""
     if T.GROUP == 1:
         S = width * T.V
-        blocks = tl.cdiv(S, T.BLOCK_L)
+        blocks = lane_blocks(width, T)
         rows = tl.minimum(t // blocks * T.BLOCK_R, R)
-        begun = tl.minimum(R - rows, T.BLOCK_R).to(tl.int64) * tl.minimum(t % blocks * T.BLOCK_L, S)
+        lanes = tl.minimum(tl.maximum(t % blocks * T.BLOCK_L - lead(group, width, T), 0), S)
+        begun = tl.minimum(R - rows, T.BLOCK_R).to(tl.int64) * lanes
         return rows.to(tl.int64) * S + begun
     else:
         return tl.minimum(t * T.BLOCK_R, R).to(tl.int64) * (T.FOLD * T.SPAN)

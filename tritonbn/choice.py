@@ -167,7 +167,7 @@ class Plan:
     @property
     def access_bits(self) -> int:
         """Bits of the tiles' loads and stores, for 16-byte aligned tensors."""
-        return min(128, 8 * self.itemsize * self.tile.V)
+        return min(128, 8 * self.itemsize * self.tile.access)
 
     @cached_property
     def bit_bytes(self) -> int:
@@ -178,7 +178,7 @@ class Plan:
         """
         tile = self.tile
         if tile.GROUP == 1:
-            return self.rows * self.groups * -(-self.width * tile.V // 8)
+            return self.rows * self.groups * -(-(self.width * tile.V + tile.ALIGN - 1) // 8)
         lanes = tile.GROUP * tile.SPAN * tile.FOLD
         return self.rows * (-(-self.width * tile.V // 8) if lanes % 8 == 0 else self.groups * -(-lanes // 8))
 
@@ -212,6 +212,7 @@ def cut(problem: Problem, block_r: int, block_l: int) -> Cut:
     tile, width = geometry(N, C, positions, problem.itemsize)
     rows = N // tile.FOLD
     block_r = min(block_r, power_of_two(rows))
+    positions += tile.ALIGN - 1
     lanes = power_of_two(positions if tile.GROUP == 1 else C)
     group, block_g = tile.GROUP, tile.BLOCK_G
     if group > 1 and tile.SPAN * tile.FOLD > 1:
@@ -224,7 +225,8 @@ def cut(problem: Problem, block_r: int, block_l: int) -> Cut:
         group = block_g = block_l = min(block_l, lanes)
     extent = positions if group == 1 else group * tile.SPAN * tile.FOLD
     tiles = -(-rows // block_r) * -(-extent // block_l)
-    return Cut(Tile(group, *tile[1:4], block_r, block_l, block_g, tile.BLOCK_F), width, rows, -(-C // group), tiles)
+    tile = tile._replace(GROUP=group, BLOCK_R=block_r, BLOCK_L=block_l, BLOCK_G=block_g)
+    return Cut(tile, width, rows, -(-C // group), tiles)
 
 
 def build(problem: Problem, choice: Choice) -> Plan:
@@ -250,7 +252,7 @@ def build(problem: Problem, choice: Choice) -> Plan:
         *problem[2:4],
         rows,
         width,
-        Tile(*tile[:8], ONCE=resident, STAGES=choice.stages, ROW_WARPS=_row_warps(tile, choice.num_warps)),
+        tile._replace(ONCE=resident, STAGES=choice.stages, ROW_WARPS=_row_warps(tile, choice.num_warps)),
         choice.num_warps,
         groups,
         tiles,
@@ -266,5 +268,5 @@ def build(problem: Problem, choice: Choice) -> Plan:
 
 def _row_warps(tile: Tile, num_warps: int) -> int:
     """Warps that have rows of the same lanes: Triton gives threads, then warps, to lanes first, a vector to each."""
-    threads = max(1, tile.BLOCK_L // tile.V)
+    threads = max(1, tile.BLOCK_L // tile.access)
     return max(1, min(num_warps // max(1, threads // 32), tile.BLOCK_R // max(1, 32 // threads)))

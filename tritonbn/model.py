@@ -114,7 +114,7 @@ def _streamed(problem: Problem, device: Device, narrow: bool = False) -> tuple[C
     """
     N, C, S = problem.view
     tile = geometry(N, C, S, problem.itemsize)[0]
-    wide = tile.V * problem.itemsize >= 8 and not problem.costly and not narrow
+    wide = tile.access * problem.itemsize >= 8 and not problem.costly and not narrow
     per_thread = BYTES_PER_THREAD if wide else NARROW_BYTES_PER_THREAD
     row_bytes = tile.BLOCK_L * problem.itemsize
     block_r = max(1, min(power_of_two(N // tile.FOLD), 32 * WARPS * per_thread // row_bytes))
@@ -127,10 +127,10 @@ def _streamed(problem: Problem, device: Device, narrow: bool = False) -> tuple[C
 def _resident(problem: Problem) -> Choice | None:
     """One tile for all of a group's slice, in registers; None if it is too large."""
     tile = problem.geometry[0]
-    block_l = power_of_two(problem.view[2]) if tile.GROUP == 1 else tile.BLOCK_L
+    block_l = power_of_two(problem.view[2] + tile.ALIGN - 1) if tile.GROUP == 1 else tile.BLOCK_L
     block_r = power_of_two(problem.rows)
     size = block_r * block_l * problem.itemsize
-    narrow = tile.V * problem.itemsize < 8  # an address for each access: half as much
+    narrow = tile.access * problem.itemsize < 8  # an address for each access: half as much
     if size > (RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES):
         return None
     per_thread = NARROW_BYTES_PER_THREAD if narrow or problem.operation == "backward" else BYTES_PER_THREAD
