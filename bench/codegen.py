@@ -220,14 +220,14 @@ def busiest(
 ) -> dict[str, Any]:
     """Of the main loop that keeps an SM busy longest beside what it moves, and programs that an SM holds; or None."""
     if gpu is None:
-        return dict.fromkeys(("gpu", "instructions", "bytes", "unit", "ratio", "programs_per_sm"))
+        return dict.fromkeys(("gpu", "instructions", "bytes", "unit", "ratio", "whole_kernel", "programs_per_sm"))
     pointers = [name for name, kind in case.launch.signature if kind.startswith("*")]
     costs = [main_loops.busy(loop, case.launch.kernel, pointers, case.plan, SMS[target]) for loop in loops]
     worst: Busy = max(costs, key=lambda cost: cost.ratio(gpu))
     programs = resident_programs(found["registers"], found["shared_bytes"], case.plan.num_warps, SMS[target])
     return {
         "gpu": gpu.name, "instructions": worst.instructions, "bytes": worst.bytes, "unit": worst.unit,
-        "ratio": worst.ratio(gpu), "programs_per_sm": programs,
+        "ratio": worst.ratio(gpu), "whole_kernel": worst.whole, "programs_per_sm": programs,
     }  # fmt: skip
 
 
@@ -307,7 +307,8 @@ SHORT = {"registers": "regs", "programs_per_sm": "/SM", "instructions": "instr",
 
 def print_table(found: list[dict[str, Any]]) -> None:
     """One line a row: kernel and case; bits of its narrowest access to a tensor; registers, and + spills; programs that
-    an SM holds; of its main loop the instructions per element, and the busiest unit's time as a part of memory's.
+    an SM holds; of its main loop the instructions per element, and the busiest unit's time as a part of memory's. A
+    kernel of one tile has no loop: * is all of it.
 
     All else is in the rows of --json.
     """
@@ -335,14 +336,17 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "-"
     if name == "ratio":
         return f"{row[name]:.2f} {row['unit']}"
-    return f"{row[name]:.1f}" if name == "instructions" else str(row[name])
+    return f"{row[name]:.1f}{'*' * row['whole_kernel']}" if name == "instructions" else str(row[name])
 
 
 def print_bound(found: list[dict[str, Any]]) -> None:
-    """What is not bound by memory, or hardly: kernel, epilogue, dtype and geometry, with the highest ratio of each."""
+    """What is not bound by memory, or hardly: kernel, epilogue, dtype and geometry, with the highest ratio of each.
+
+    Of kernels with a loop: what the others take is a few microseconds, and mostly that of a launch.
+    """
     highest: dict[tuple[str, ...], float] = {}
     for row in found:
-        if row["ratio"] is not None:
+        if row["ratio"] is not None and not row["whole_kernel"]:
             what = *(_cell(row, name) for name in ("kernel", "epilogue", "dtype")), row["geometry"], row["gpu"]
             highest[what] = max(row["ratio"], highest.get(what, 0.0))
     for gpu in dict.fromkeys(what[-1] for what in highest):

@@ -1,6 +1,7 @@
 """What a kernel's main loops keep busy in a multiprocessor (SM), for each element, beside the time that memory takes.
 
-A lower bound of the time, of machine code alone: no latency, no dependence between instructions, no bank conflicts.
+An estimate from machine code alone: no latency, no dependence between instructions, no bank conflicts; branches within
+a loop, as for the ends of odd planes, count as if they were taken each time.
 """
 
 import re
@@ -67,7 +68,7 @@ class Loop(NamedTuple):
     stores: bool  # a tile: else it only sums
     read: int  # bytes of tiles that a thread loads
     written: int  # that it stores
-    bits: bool  # loads or stores packed bits too
+    bits: bool  # packed bits are loaded or stored, too
     units: dict[str, float]  # instructions by the unit that does them; issue: all of them; bytes: of loads and stores
 
 
@@ -126,6 +127,7 @@ class Busy(NamedTuple):
     bytes: float  # that memory moves if L2 has none of them
     unit: str  # of an SM, the busiest one
     clocks: float  # of that unit
+    whole: bool  # of all of the kernel, whose sums, merges and barriers count too
 
     def ratio(self, device: Device) -> float:
         """Time of the busiest unit by time of memory: above 1, the loop is not bound by memory."""
@@ -145,9 +147,10 @@ def busy(loop: Loop, kernel: str, pointers: Iterable[str], plan: Plan, sm: Sm) -
     clocks = {unit: n / getattr(sm, unit) for unit, n in loop.units.items() if unit != "bytes"}
     clocks["memory"] = max(clocks.get("memory", 0.0), loop.units.get("bytes", 0) / (WARP * MEMORY_BYTES))
     unit = max(clocks, key=lambda name: clocks[name])
-    stored = round(loop.written / (tiles * tile_bytes))
+    stores = 2 if plan.tile.ALIGN > 1 else 1  # of each tile: whole accesses, and parts at its ends
+    stored = round(loop.written / (stores * tiles * tile_bytes))
     moved = (tensors + stored) * plan.itemsize + loop.bits / 8
-    return Busy(loop.units["issue"] / elements, moved, unit, clocks[unit] / elements)
+    return Busy(loop.units["issue"] / elements, moved, unit, clocks[unit] / elements, loop.whole)
 
 
 def _tensors(loop: Loop, kernel: str, pointers: set[str]) -> int:

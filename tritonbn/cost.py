@@ -48,17 +48,17 @@ class Instructions(NamedTuple):
 
     def of(self, plan: Plan, problem: Problem) -> float:
         """What an element takes by a plan."""
-        return self.element + self.access / plan.tile.V + self.costly * problem.costly
+        return self.element + self.access / plan.tile.access + self.costly * problem.costly
 
 
-# From the column "instr" of `python -m bench codegen --dtype bf16` (Triton 3.7.1, sm_90), rows of path split without
-# epilogue: of 56x56 planes, eight elements an access, and of 35x35 planes, one; costly is what silu adds to the former.
-# The same figures give fp32 (four elements an access) to within a tenth or two. A forward's plan does not depend on its
-# activation, so that of none is taken.
-STATISTICS = Instructions(7.7, 12.9)
-NORMALIZE = Instructions(5.8, 22.3)
-GRADIENT_SUMS = Instructions(9.5, 17.3, 25.0)
-INPUT_GRADIENT = Instructions(9.9, 27.3, 26.0)
+# By `python -m bench codegen --dtype bf16` (Triton 3.7.1, sm_90), rows of path split without epilogue: `instr` times
+# the part of tiles that is no padding, of 56x56 planes (0.94), which are read eight elements at a time, and of 35x35
+# planes as long as those were read one at a time; costly is what silu adds to the former. They give fp32, four elements
+# at a time, to a tenth. The plan of a forward is the same whatever its activation, so that of none is taken.
+STATISTICS = Instructions(7.3, 12.0)
+NORMALIZE = Instructions(5.5, 20.9)
+GRADIENT_SUMS = Instructions(8.9, 17.3, 23.7)
+INPUT_GRADIENT = Instructions(9.2, 26.6, 24.6)
 
 
 def kind(path: Path, problem: Problem, device: Device) -> str:
@@ -118,7 +118,7 @@ def _split(plan: Plan, problem: Problem, device: Device) -> Iterator[Part]:
     waves = ceil(programs / programs_at_once(plan.num_warps, device))
     hits = found_again(read, write, plan.splits if waves == 1 else plan.apply_splits, _cache(device))
     yield _Pass(read, 0, 0, programs, plan.reduce_tiles, sums).part(plan, device)
-    yield LATENCY + _merge(plan) + waits(waves, 2) * folds(plan, device), "latency"
+    yield LATENCY + _merge(plan) + waits(waves, 2) * folds(plan, programs, device), "latency"
     yield device.constants.launch, "launch"
     yield _Pass(read - hits, hits, write, apply_programs, plan.apply_tiles, apply).part(plan, device)
 
@@ -149,9 +149,9 @@ def _one_launch(plan: Plan, problem: Problem, device: Device) -> Iterator[Part]:
     exposed = waits(rounds, plan.slots if together else 2)
     if together:
         yield constants.launch / 2 + exposed * constants.barrier, "launch"
-        yield exposed * (_merge(plan) + folds(plan, device)), "latency"
+        yield exposed * (_merge(plan) + folds(plan, programs, device)), "latency"
     else:
-        yield exposed * folds(plan, device), "latency"
+        yield exposed * folds(plan, programs, device), "latency"
 
 
 class _Pass(NamedTuple):
@@ -192,22 +192,26 @@ def _merge(plan: Plan) -> float:
     return ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
 
 
-def folds(plan: Plan, device: Device) -> float:
-    """Seconds of the sums within a program: the forward's mean of the first tile, then two sums at a time."""
-    return sum(_fold(plan, sums, device.clock) for sums in ((2,) if plan.operation == "backward" else (1, 2)))
+def folds(plan: Plan, programs: int, device: Device) -> float:
+    """Seconds of the sums within each of so many programs: the mean of the first tile, then two sums at a time.
+
+    The backward has only the latter.
+    """
+    together = min(ceil(programs / device.sms), max(1, WARPS_PER_SM // plan.num_warps))  # on an SM
+    return sum(_fold(plan, sums, device.clock / together) for sums in ((2,) if plan.operation == "backward" else (1, 2)))
 
 
 def _fold(plan: Plan, sums: int, clock: float) -> float:
     """Seconds to sum so many tiles over lanes and rows at a time: within threads, within warps, then across them.
 
-    Latencies of shuffles and of shared memory, and what is issued: additions in a thread, a row of 32 words in shared
-    memory for each clock. Bank conflicts are not counted.
+    Latencies of shuffles and of shared memory, and what is issued, clock: so many times a second. Those are additions
+    in a thread, and 32 words a clock to and from shared memory. Bank conflicts are not counted.
     """
     tile = plan.tile
     if tile.GROUP == 1:
         shuffles, words = 5 + (plan.num_warps - 1).bit_length(), plan.num_warps
     else:
-        rows = max(1, WARP * tile.V // tile.BLOCK_L)  # of a tile that a warp has at a time
+        rows = max(1, WARP * tile.access // tile.BLOCK_L)  # of a tile that a warp has at a time
         shuffles = (rows - 1).bit_length() + (5 if tile.SPAN > 1 else 0)
         words = tile.ROW_WARPS * (tile.BLOCK_L + tile.BLOCK_G * tile.BLOCK_F)
     clocks = sums * (tile.BLOCK_R * tile.BLOCK_L / ISSUE + words / WARP)
