@@ -83,12 +83,17 @@ def tile(group, t, R, C, width, T: tl.constexpr):
 
 @triton.jit
 def at_edge(group, t, R, width, T: tl.constexpr):
-    """(whether tile t may have lanes of other planes or rows beyond the last, its lanes less the plane's lead, rows)."""
+    """Whether tile t may have lanes of other planes or rows beyond the last, and where each row of its lanes starts.
+
+    (edge, lane [BLOCK_L, 1], end [1, BLOCK_R]): the plane's lanes are those from 0 to end - 1.
+    """
+    S = width * T.V
     blocks = lane_blocks(width, T)
     lane = t % blocks * T.BLOCK_L - lead(group, width, T)
     row = t // blocks * T.BLOCK_R
-    edge = (lane <= 0) | (lane + T.BLOCK_L > width * T.V) | (row + T.BLOCK_R > R)
-    return edge, lane + tl.arange(0, T.BLOCK_L), row + tl.arange(0, T.BLOCK_R)
+    edge = (lane < 0) | (lane + T.BLOCK_L > S) | (row + T.BLOCK_R > R)
+    end = tl.where(row + tl.arange(0, T.BLOCK_R) < R, S, 0)
+    return edge, (lane + tl.arange(0, T.BLOCK_L))[:, None], end[None, :]
 
 
 @triton.jit
@@ -97,9 +102,9 @@ def within(v, mask, group, t, R, width, T: tl.constexpr):
     if T.ALIGN == 1:
         return tl.where(mask, v, 0.0)
     else:
-        edge, lane, row = at_edge(group, t, R, width, T)
+        edge, lane, end = at_edge(group, t, R, width, T)
         if edge:
-            v = tl.where(((lane >= 0) & (lane < width * T.V))[:, None] & (row < R)[None, :], v, 0.0)
+            v = tl.where(lane.to(tl.uint32, bitcast=True) < end.to(tl.uint32, bitcast=True), v, 0.0)
         return v
 
 
@@ -110,14 +115,11 @@ def store_tile(ptr, at, mask, value, group, t, R, width, T: tl.constexpr):
     if T.ALIGN == 1:
         tl.store(ptr + at, value, mask=mask)
     else:
-        S = width * T.V
-        edge, lane, row = at_edge(group, t, R, width, T)
-        first = (lane + lead(group, width, T)) // T.ALIGN * T.ALIGN - lead(group, width, T)  # of an access
-        whole = (first >= 0) & (first + T.ALIGN <= S)
-        tl.store(ptr + at, value, mask=whole[:, None] & (row < R)[None, :])
+        edge, lane, end = at_edge(group, t, R, width, T)
         if edge:
-            part = (lane >= 0) & (lane < S) & (whole == 0)
-            tl.store(ptr + at, value, mask=part[:, None] & (row < R)[None, :])
+            tl.store(ptr + at, value, mask=lane.to(tl.uint32, bitcast=True) < end.to(tl.uint32, bitcast=True))
+        else:
+            tl.store(ptr + at, value)
 
 
 @triton.jit

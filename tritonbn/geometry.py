@@ -9,10 +9,8 @@ WARPS = 8
 # registers of sums. Narrow accesses need an address each, exponentials many temporaries: half as much.
 BYTES_PER_THREAD = 32
 NARROW_BYTES_PER_THREAD = 16
-# The widest row of several channels: one tile of 8 warps.
+# The widest row of several channels: one tile of 8 warps. Larger odd planes are read one at a time, see ALIGN.
 MAX_LANE_BYTES = 8 << 10
-# Odd planes of so many positions are read from the aligned address before them, up to the one behind them.
-LEAST_ODD_PLANE = 256
 # Samples are read side by side if one program may merge all channels: few, or no merge because it has all of a tensor.
 MAX_FOLDED_CHANNELS = 64
 # What one program owns is one tile up to here, kept in registers: of x, or in the backward of dy and of x. Twice as
@@ -55,11 +53,10 @@ def geometry(N: int, C: int, S: int, itemsize: int) -> tuple[Tile, int]:
     if S == 1 and C > 1:  # narrow blocks give a short batch more programs, wide ones a long batch whole cache lines
         lanes = min(32 if N <= 512 else 64, power_of_two(C))
         return Tile(lanes, 1, 1, in_sample, 1, lanes, lanes, 1), C // in_sample
-    align = in_sample if S >= LEAST_ODD_PLANE and in_plane * itemsize < 8 else 1
     group = _channel_group(C, S, vector, MAX_LANE_BYTES // itemsize)
-    if group > 1 and align <= in_plane:
+    if group > 1:
         return _tile(group, S, 1, in_sample, group * S), C * S // in_sample
-    align = align if align > in_plane else 1
+    align = in_sample if in_sample > in_plane and in_plane * itemsize < 8 else 1
     block = _lane_block(S + align - 1, N, itemsize)
     return Tile(1, 1, 1, in_plane, 1, block, 1, 1, ALIGN=align), S // in_plane
 
