@@ -17,7 +17,7 @@ import torch
 import tritonbn
 from tests.warned import told
 from tritonbn import calibrating as calibrate
-from tritonbn import calibration, launch, model, planning, store, tables, timing
+from tritonbn import calibration, cost, launch, model, planning, store, tables, timing
 from tritonbn.choice import Plan, Problem
 from tritonbn.device import Constants, Device
 from tritonbn.plan import make_plan
@@ -123,7 +123,7 @@ def test_plans_tell_whether_constants_are_measured() -> None:
     assert plan.estimate.constants == "calibrated"
     assert plan.estimate.bandwidth == pytest.approx(2e12)
     assert plan.estimate.seconds == pytest.approx(1.25 * cost.predicted(plan, LARGE, device))
-    assert "us by calibrated constants; plan from the model" in str(plan)
+    assert "us by calibrated constants, bound by memory; plan from the model" in str(plan)
     assumed = make_plan(*LARGE[:4], device, tuned=False)
     assert assumed.estimate == make_plan(*LARGE[:4], GPU).estimate, "deterministic mode takes nothing measured"
     assert "by assumed constants" in str(assumed)

@@ -25,6 +25,7 @@ ONE_SM = replace(H200, sms=1)
 RESNET_56 = Problem("forward", "planes", (256, 64, 3136), 2)  # 1,605,632 bytes per channel
 RESNET_56_BACKWARD = RESNET_56._replace(operation="backward")
 SMALL_PLANES = Problem("forward", "planes", (32, 2048, 49), 2)
+SMALL_PLANES_BACKWARD = SMALL_PLANES._replace(operation="backward")
 CONNECTED = Problem("forward", "rows", (60, 100, 1), 4)
 CHANNELS_LAST = Problem("forward", "rows", (256 * 112 * 112, 64, 1), 2)
 
@@ -37,7 +38,8 @@ CHANNELS_LAST = Problem("forward", "rows", (256 * 112 * 112, 64, 1), 2)
         pytest.param(RESNET_56, B200, "split", (64, 9), False, id="a-large-L2-holds-most-for-a-second-launch"),
         pytest.param(RESNET_56, MI300X, "split", (64, 19), False, id="L2-holds-one-channel"),
         pytest.param(RESNET_56, ONE_SM, "single", (64, 1), False, id="one-multiprocessor-needs-no-second-launch"),
-        pytest.param(SMALL_PLANES, H200, "single", (256, 1), True, id="7x7-in-registers"),
+        pytest.param(SMALL_PLANES, H200, "single", (256, 1), False, id="two-programs-of-8-warps-before-one-of-16"),
+        pytest.param(SMALL_PLANES_BACKWARD, H200, "single", (256, 1), True, id="7x7-in-registers"),
         pytest.param(CONNECTED, H200, "single", (1, 1), True, id="launch-bound"),
         pytest.param(CONNECTED, MI300X, "single", (1, 1), True, id="launch-bound-anywhere"),
         pytest.param(CHANNELS_LAST, H200, "split", (1, 251), False, id="no-group-fits-L2"),
