@@ -282,7 +282,7 @@ def compared(target: str | None, gpu: str) -> dict[str, Device | None]:
     """Targets to compile for, each with the GPU that its machine code is compared with: `gpu`, or else a known one."""
     own, device = GPUS[gpu]
     targets = list(TARGETS) if target == "all" else [target or own]
-    first = {name: device for name, device in reversed(GPUS.values())}
+    first = dict(reversed(GPUS.values()))  # of each target the one that is named first
     return {name: device if name == own else first.get(name) for name in targets}
 
 

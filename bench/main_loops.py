@@ -91,11 +91,12 @@ def main_loops(code: Iterable[Instruction | str]) -> list[Loop]:
 def _innermost(code: list[Instruction | str]) -> list[list[Instruction]]:
     """What lies between a label and a branch back to it, without what holds another such range."""
     labels = {item: index for index, item in enumerate(code) if isinstance(item, str)}
-    spans = [
-        (labels[item.target], index)
-        for index, item in enumerate(code)
-        if isinstance(item, Instruction) and item.name.startswith("BRA") and labels.get(item.target or "", index) < index
-    ]
+    spans = []
+    for index, item in enumerate(code):
+        if isinstance(item, Instruction) and item.name.startswith("BRA") and item.target is not None:
+            first = labels.get(item.target, index)
+            if first < index:
+                spans.append((first, index))
     inner = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
     return [[item for item in code[first : last + 1] if isinstance(item, Instruction)] for first, last in inner]
 

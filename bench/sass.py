@@ -1,4 +1,4 @@
-"""NVIDIA's machine code as nvdisasm prints it with source lines: instructions, labels, and what of it accesses tiles."""
+"""NVIDIA's machine code as nvdisasm prints it with source lines: instructions, labels, and what accesses tiles."""
 
 import inspect
 import re

@@ -121,7 +121,7 @@ def test_sums_within_a_program_take_about_a_microsecond_at_most(problem: Problem
     """Its shuffles alone take a tenth; the forward has three, one of them before the other two."""
     problem = problem._replace(operation=operation)
     for path in ("single", "split"):
-        plan = best(problem, H200, path)  # type: ignore[arg-type]
+        plan = best(problem, H200, path)
         programs = plan.grid[0] * plan.grid[1]
         assert 1e-7 < cost.folds(plan, programs, H200) < 1.2e-6
         assert cost.folds(plan, programs, H200) <= cost.folds(plan, 1000 * programs, H200), "programs share an SM"

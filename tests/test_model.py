@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.sound import assert_sound
 from tritonbn import cost, model
 from tritonbn.choice import LARGEST_TILE, Choice, Path, Plan, Problem, build
+from tritonbn.cost import seconds
 from tritonbn.device import H200, KNOWN, Constants, Device
 from tritonbn.model import best, neighbours, plans_for
-from tritonbn.cost import seconds
 from tritonbn.plan import forced, make_plan
 from tritonbn.traffic import Operands, floor_bytes
 

@@ -33,8 +33,8 @@ SHARED_ROUND = 70e-9
 WAITING: tuple[Path, ...] = ("cooperative", "stream")  # paths whose programs wait for each other
 # The part of L2 that is assumed to be of use to a second pass; what is measured scales the whole of it.
 ASSUMED_SHARE: float = Constants._field_defaults["l2_share"]
-# The part of L2 that a second pass in exactly the reverse order finds, where it was full: what is written meanwhile does
-# not always take the place of what was found already, since it may go to other sets.
+# The part of L2 that a second pass in exactly the reverse order finds, where it was full: what is written meanwhile
+# does not always take the place of what was found already, since it may go to other sets.
 REVERSED = 0.8
 MOST_SHARES = 64  # of a second pass that are told apart
 
@@ -172,12 +172,13 @@ class _Pass(NamedTuple):
         busiest = ceil(self.programs / device.sms)  # an SM has so many programs, and each warp one scheduler
         lanes = min(ISSUE, WARP * plan.num_warps * busiest)
         values = busiest * self.tiles * plan.tile.BLOCK_R * plan.tile.BLOCK_L
-        return max(
+        parts: tuple[Part, ...] = (
             ((self.read + self.written) / (bandwidth * reach), "memory"),
             ((self.read + self.hits + self.written) / (device.constants.l2_speed * bandwidth), "L2"),
             (ceil(waves * self.tiles / 2) * LATENCY, "latency"),
             (values * self.instructions / (lanes * device.clock), "issue"),
         )
+        return max(parts)
 
 
 def _both(plan: Plan, problem: Problem) -> tuple[float, float]:
@@ -198,7 +199,8 @@ def folds(plan: Plan, programs: int, device: Device) -> float:
     The backward has only the latter.
     """
     together = min(ceil(programs / device.sms), max(1, WARPS_PER_SM // plan.num_warps))  # on an SM
-    return sum(_fold(plan, sums, device.clock / together) for sums in ((2,) if plan.operation == "backward" else (1, 2)))
+    each = (2,) if plan.operation == "backward" else (1, 2)
+    return sum(_fold(plan, sums, device.clock / together) for sums in each)
 
 
 def _fold(plan: Plan, sums: int, clock: float) -> float:
