@@ -248,9 +248,12 @@ def fold(v, T: tl.constexpr):
 
 @triton.jit
 def fold_two(v, w, T: tl.constexpr):
-    """`fold` of two tiles, with the barriers of one."""
-    both = tl.permute(tl.join(v, w), [2, 0, 1])
-    return tl.split(tl.trans(tl.reshape(fold_parts(both, 2, T), [2, T.BLOCK_G])))
+    """`fold` of two tiles; with the barriers of one, unless that takes too many registers."""
+    if T.SPAN > 1:
+        return fold(v, T), fold(w, T)
+    else:
+        both = tl.permute(tl.join(v, w), [2, 0, 1])
+        return tl.split(tl.trans(tl.reshape(fold_parts(both, 2, T), [2, T.BLOCK_G])))
 
 
 @triton.jit
