@@ -301,8 +301,9 @@ def _is_narrow(row: dict[str, Any]) -> bool:
     return any(bits is not None and bits < row["planned_bits"] for bits in (row["load_bits"], row["store_bits"]))
 
 
-# Columns of the table that are not named as the row's values are, so that a line fits a screen.
-SHORT = {"registers": "regs", "programs_per_sm": "/SM", "instructions": "instr", "ratio": "of memory"}
+# Names of columns and of units that are shorter in the table than in the rows, so that a line fits a screen.
+SHORT = {"dtype": "type", "registers": "regs", "programs_per_sm": "/SM", "instructions": "instr", "ratio": "of memory"}
+UNITS = {"integer": "int", "multiply": "mul", "special": "sfu", "memory": "lsu"}
 
 
 def print_table(found: list[dict[str, Any]]) -> None:
@@ -324,6 +325,8 @@ def _cell(row: dict[str, Any], name: str) -> str:
     """What the table shows of a row."""
     if name == "kernel":
         return str(row[name]).removesuffix("_kernel").replace("cooperative", "coop")
+    if name == "epilogue":
+        return str(row[name]).replace(" ", "")
     if name == "path":
         return str(row[name]).replace("cooperative", "coop")
     if name == "shape":
@@ -335,7 +338,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
     if row[name] is None:
         return "-"
     if name == "ratio":
-        return f"{row[name]:.2f} {row['unit']}"
+        return f"{row[name]:.2f} {UNITS.get(row['unit'], row['unit'])}"
     return f"{row[name]:.1f}{'*' * row['whole_kernel']}" if name == "instructions" else str(row[name])
 
 

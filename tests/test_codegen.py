@@ -146,7 +146,7 @@ def test_the_table_fits_a_screen(rows: Rows, capsys: pytest.CaptureFixture[str])
     table, bound = capsys.readouterr().out.split("On an NVIDIA H200 not memory-bound")
     lines = table.splitlines()
     assert lines[0].split() == [
-        "kernel", "epilogue", "path", "layout", "dtype", "shape", "bits", "regs", "/SM", "instr", "of", "memory",
+        "kernel", "epilogue", "path", "layout", "type", "shape", "bits", "regs", "/SM", "instr", "of", "memory",
     ]  # fmt: skip
     assert max(map(len, lines)) <= 100
     assert len(lines) == len(few) + 1
