@@ -248,8 +248,8 @@ def fold(v, T: tl.constexpr):
 
 @triton.jit
 def fold_two(v, w, T: tl.constexpr):
-    """`fold` of two tiles; with the barriers of one, unless that takes too many registers."""
-    if T.SPAN > 1:
+    """`fold` of two tiles; of rows with the barriers of one, where lanes become channels it would take many registers."""
+    if T.GROUP == 1 or T.SPAN > 1:
         return fold(v, T), fold(w, T)
     else:
         both = tl.permute(tl.join(v, w), [2, 0, 1])
@@ -276,7 +276,7 @@ def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
             return tl.reshape(v, [N * T.BLOCK_L])
         else:
             # k counts what a channel g sums: neighbours of a warp's threads are k where those are neighbouring lanes,
-            # else g; the shape is [N, A, B, G, K], of which all but the last two are registers of a thread.
+            # else g; the shape is [N, A, B, B, G, K], of which all but the last two are registers of a thread.
             BLOCK_K: tl.constexpr = W * T.BLOCK_F
             LK: tl.constexpr = (32 if BLOCK_K >= 32 else BLOCK_K) if T.SPAN > 1 else 1
             LG: tl.constexpr = (8 if T.BLOCK_G >= 8 else T.BLOCK_G) if T.SPAN > 1 else T.BLOCK_G
@@ -288,7 +288,9 @@ def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
             at = f // T.FOLD * T.BLOCK_L + f % T.FOLD * (T.GROUP * T.SPAN) + g * T.SPAN + k % T.SPAN
             at += i // (T.BLOCK_G * BLOCK_K) * (W * T.BLOCK_L)
             v = tl.gather(tl.reshape(tl.permute(v, [0, 2, 1]), [N * W * T.BLOCK_L]), tl.where(live, at, 0), 0)
-            v = tl.sum(tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // LK, LG, LK]), 2)
+            B: tl.constexpr = 8 if BLOCK_K // LK >= 8 else BLOCK_K // LK
+            v = tl.reshape(tl.where(live, v, 0.0), [N, T.BLOCK_G // LG, BLOCK_K // (LK * B), B, LG, LK])
+            v = tl.sum(tl.sum(v, 2), 2)
             if LK > 1:
                 v = tl.sum(v, 3)
             return tl.reshape(v, [N * T.BLOCK_G])

@@ -34,7 +34,8 @@ def assert_sound(plan: Plan, device: Device, largest: int = RESIDENT_BYTES) -> N
     assert plan.apply_splits * plan.apply_tiles >= plan.tiles
     assert max(plan.splits, plan.apply_splits) <= 65535, "the second axis of a grid"
     assert plan.splits * 3 * C <= 1 << 31, "offsets into the workspace have 32 bits"
-    assert tile.V * plan.itemsize <= 16
+    assert tile.access * plan.itemsize <= 16
+    assert tile.ALIGN == 1 or C * plan.width * tile.V % tile.ALIGN == 0, "samples are whole accesses"
     assert tile.BLOCK_R * tile.BLOCK_L * plan.itemsize <= largest
     lanes = plan.width * tile.V if tile.GROUP == 1 else C * tile.SPAN * tile.FOLD
     assert min(8, power_of_two(lanes)) <= tile.BLOCK_L, "a byte of packed bits belongs to one block"

@@ -119,9 +119,10 @@ def test_the_cost_of_plans_has_the_instructions_that_kernels_have(rows: Rows, ke
 
 
 def test_batch_norm_alone_is_bound_by_memory(rows: Rows) -> None:
+    """On an H200. A B200 has half as much bandwidth again for each instruction that it issues."""
     for row in rows:
-        if row["target"] != "gfx942" and not row["whole_kernel"] and row["epilogue"] == "-":
-            assert 0 < row["ratio"] < 0.9, row
+        if row["target"] == "sm_90" and not row["whole_kernel"] and row["epilogue"] == "-":
+            assert 0 < row["ratio"] < codegen.CLOSE, row
     row = of_large_planes(rows, "statistics_kernel")
     assert (row["gpu"], row["bytes"], row["unit"], row["whole_kernel"]) == ("NVIDIA H200", 2, "issue", False)
     assert {row["gpu"] for row in rows} == {*(device.name for _, device in GPUS.values())} - {

@@ -28,6 +28,7 @@ H200 = Device("NVIDIA H200", 132)
         pytest.param("planes", (32, 2048, 49), 2, ("single", "folded", 128), id="many-groups-small-slices"),
         pytest.param("planes", (4096, 2, 49), 2, ("split", "folded", 128), id="two-channels-four-samples-a-row"),
         pytest.param("planes", (8, 192, 1225), 2, ("single", "plane", 128), id="odd-plane-too-long-to-group"),
+        pytest.param("planes", (8, 191, 1225), 2, ("single", "plane", 16), id="samples-that-are-no-whole-vectors"),
     ],
 )
 def test_choice(layout: Any, shape: tuple[int, int, int], itemsize: int, expected: tuple[str, str, int]) -> None:

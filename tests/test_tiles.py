@@ -24,7 +24,7 @@ def offsets_kernel(offsets_ptr, live_ptr, filled_ptr, t, R, C, width, T: tl.cons
     here += tl.arange(0, T.BLOCK_L)[:, None] * T.BLOCK_R + tl.arange(0, T.BLOCK_R)[None, :]
     tl.store(offsets_ptr + here, at)
     tl.store(live_ptr + here, mask.to(tl.int8))
-    tl.store(filled_ptr + tl.program_id(0), filled(t, R, width, T))
+    tl.store(filled_ptr + tl.program_id(0), filled(t, tl.program_id(0), R, width, T))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def key(problem: Problem) -> str:
     tile = problem.geometry[0]
     lanes = f"{tile.GROUP}x{tile.SPAN}x{tile.FOLD}" if tile.SPAN * tile.FOLD > 1 else tile.BLOCK_L
     kind = f"{problem.operation}{'-costly' if problem.costly else ''}/{problem.layout}/{8 * problem.itemsize}-bit"
-    return f"{kind}/lanes={lanes}/vector={tile.access}/C~{_half_octave(C)}/M~{_half_octave(N * S)}"
+    vector = f"{tile.access}{'-odd' if tile.ALIGN > 1 else ''}"
+    return f"{kind}/lanes={lanes}/vector={vector}/C~{_half_octave(C)}/M~{_half_octave(N * S)}"
 
 
 def _half_octave(n: int) -> int:

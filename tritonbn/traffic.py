@@ -49,7 +49,8 @@ def _backward(plan: Plan, operands: Operands, again: bool) -> int:
     bits = operands.bits * plan.bit_bytes
     if second and again:
         values_again, bits_again = _again(plan)
-        replaced = operands.dresidual  # it is read instead of dy, residual and bits
+        # It is read instead of dy, residual and bits, but where programs read what others write of odd planes.
+        replaced = operands.dresidual and (plan.path == "split" or plan.tile.ALIGN == 1)
         tensors += (2 if replaced else 2 + operands.residual) * values_again
         bits += 0 if replaced else operands.bits * bits_again
     return tensors * plan.itemsize + bits
@@ -67,13 +68,15 @@ def _again(plan: Plan) -> tuple[int, int]:
     tile, C = plan.tile, plan.shape[1]
     values, bits = _values(plan), plan.bit_bytes
     S = plan.width * tile.V
-    blocks = -(-S // tile.BLOCK_L) if tile.GROUP == 1 else 1
+    blocks = -(-(S + tile.ALIGN - 1) // tile.BLOCK_L) if tile.GROUP == 1 else 1
     for first in range(0, plan.tiles, plan.reduce_tiles):
         rows = min(tile.BLOCK_R, plan.rows - first // blocks * tile.BLOCK_R)
         if tile.GROUP == 1:
-            lanes = min(tile.BLOCK_L, S - first % blocks * tile.BLOCK_L)
-            values -= rows * lanes * C
-            bits -= rows * C * -(-lanes // 8)
+            lane = first % blocks * tile.BLOCK_L
+            last = min(lane + tile.BLOCK_L, S + tile.ALIGN - 1)
+            leads = [c * S % tile.ALIGN for c in range(C)]
+            values -= rows * sum(min(last - lead, S) - max(lane - lead, 0) for lead in leads)
+            bits -= rows * C * -(-(last - lane) // 8)
         else:
             values -= _values(plan) // plan.rows * rows
             bits -= plan.bit_bytes // plan.rows * rows
