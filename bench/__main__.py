@@ -17,7 +17,7 @@ SUBJECTS = {
     "environment": "the GPU, its driver, versions, and what is not there",
     "bandwidth": "what bounds every plan: copies, second readings, launches, barriers",
     "calibrate": "measure the constants that plans are made of, and keep them",
-    "codegen": "what the compiler makes of every kernel: registers, spills, access widths; needs no GPU",
+    "codegen": "what the compiler makes of every kernel: registers, widths, what it keeps busy; needs no GPU",
     "overhead": "what a call costs on the CPU, launch by launch; needs no GPU",
     "report": "bench/results/*/*.json as one page with plots",
     "gpu": "the tests and benchmarks that need a GPU, each with a log and a time limit",

@@ -1,6 +1,6 @@
 """What bounds every plan: copies, a second reading that L2 serves, launches, barriers; beside what the model assumes.
 
-`tritonbn/model.py` predicts times from a few constants. Here each is measured, on the GPU at hand.
+`tritonbn/cost.py` predicts times from a few constants. Here each is measured, on the GPU at hand.
 """
 
 import argparse

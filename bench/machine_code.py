@@ -4,7 +4,6 @@ Widths are those of full-tensor accesses alone: instructions are attributed to s
 stored in two functions of `kernels/tiles.py`.
 """
 
-import inspect
 import re
 import subprocess
 import tempfile
@@ -13,14 +12,20 @@ from typing import Any
 
 import triton
 
-from tritonbn.kernels import tiles
+from bench import main_loops, sass
 
 Facts = dict[str, int | None]
 
 
-def facts(asm: dict[str, Any]) -> Facts:
-    """registers, spills, load_bits and store_bits (the narrowest full-tensor access, None if there is none)."""
-    return read_amd(asm["amdgcn"]) if "amdgcn" in asm else read_nvidia(*disassemble(asm["cubin"]))
+def facts(asm: dict[str, Any]) -> tuple[Facts, list[main_loops.Loop]]:
+    """registers, spills, load_bits and store_bits (the narrowest full-tensor access, None if there is none).
+
+    And the main loops, of NVIDIA's code alone.
+    """
+    if "amdgcn" in asm:
+        return read_amd(asm["amdgcn"]), []
+    usage, code = disassemble(asm["cubin"])
+    return read_nvidia(usage, code), main_loops.main_loops(sass.parse(code))
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -34,22 +39,15 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     return usage, sass
 
 
-def read_nvidia(usage: str, sass: str) -> Facts:
+def read_nvidia(usage: str, code: str) -> Facts:
     widths: dict[str, list[int]] = {"load": [], "store": []}
-    function = None
-    for line in sass.splitlines():
-        if found := re.search(r'//## File "(.*?)", line (\d+)', line):
-            function = _tile_function(found[1], int(found[2]))
-        elif function and (found := re.search(r"\b(?:LDG|LDGSTS|STG)\b([\w.]*)", line)):
-            widths[function].append(_sass_bits(found[1]))
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    spills = 0
+    for instruction in sass.parse(code):
+        if isinstance(instruction, sass.Instruction):
+            spills += re.match(r"(LDL|STL)\b", instruction.name) is not None
+            if instruction.tile and re.match(r"(LDG|LDGSTS|STG)\b", instruction.name):
+                widths[instruction.tile].append(sass.access_bits(instruction.name))
     return {"registers": _number(r"REG:(\d+)", usage), "spills": spills, **_narrowest(widths)}
-
-
-def _sass_bits(suffix: str) -> int:
-    """.E.128 -> 128, .E.U16 -> 16, .E -> 32."""
-    found = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", suffix)
-    return int(found[1]) if found else 32
 
 
 def read_amd(assembly: str) -> Facts:
@@ -59,7 +57,7 @@ def read_amd(assembly: str) -> Facts:
     for line in assembly.splitlines():
         if found := re.search(r"^\s*\.loc\s.*;\s*([\w./]+):(\d+):", line):
             if found[2] != "0":  # line 0: the compiler's own, inside whatever came before
-                function = _tile_function(found[1], int(found[2]))
+                function = sass.tile_function(found[1], int(found[2]))
         elif function and (found := re.search(r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", line)):
             widths[found[1]].append(bits[found[2]])
     registers, spills = (_number(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count"))
@@ -72,17 +70,6 @@ def _number(pattern: str, text: str) -> int:
     if found is None:
         raise ValueError(f"the compiler's output has no {pattern}")
     return int(found[1])
-
-
-def _tile_function(file: str, line: int) -> str | None:
-    """load, store, or neither: which of the two tile functions a source line belongs to."""
-    if Path(file).name != "tiles.py":
-        return None
-    for name, function in (("load", tiles.load_tile), ("store", tiles.store_tile)):
-        source, first = inspect.getsourcelines(function.fn)
-        if first <= line < first + len(source):
-            return name
-    return None
 
 
 def _narrowest(widths: dict[str, list[int]]) -> Facts:

@@ -18,7 +18,7 @@ from bench.files import writable_folder, write_json
 from bench.measure import machine, pick_device, stamp
 from bench.problem import CHANNELS_LAST, DTYPES, LAYOUTS, layouts_of
 from bench.shapes import SETS, shape
-from tritonbn import model, planning, store, tables, tuning
+from tritonbn import cost, model, planning, store, tables, tuning
 from tritonbn.device import H200, Device
 from tritonbn.layers import Layer
 
@@ -105,7 +105,7 @@ def rows_of(result: tuning.Tuned, device: Device) -> Iterator[dict[str, Any]]:
         yield {
             "operation": problem.operation, "layout": problem.layout, "shape": list(problem.shape),
             "itemsize": problem.itemsize, "path": plan.path, "plan": str(replace(plan, estimator=None)), "us": us,
-            "predicted_us": 1e6 * model.seconds(plan, problem, device), "before": plan == result.before,
+            "predicted_us": 1e6 * cost.seconds(plan, problem, device), "before": plan == result.before,
             "after": plan == result.after,
         }  # fmt: skip
 
@@ -143,7 +143,7 @@ def without_gpu(chosen: list[Layer]) -> int:
     for problem in tuning.problems(chosen, H200, again=True):
         times: dict[str, float] = {}
         for plan in model.plans_for(problem, H200):
-            times[plan.path] = min(times.get(plan.path, inf), model.seconds(plan, problem, H200))
+            times[plan.path] = min(times.get(plan.path, inf), cost.seconds(plan, problem, H200))
         first = model.best(problem, H200).path
         others = ", ".join(f"{path} {1e6 * time:.1f}" for path, time in times.items() if path != first)
         sizes = "x".join(map(str, problem.shape))

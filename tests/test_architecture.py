@@ -51,6 +51,7 @@ ORDER = [
     "tickets",
     "plan",
     "model",
+    "cost",
     "traffic",
     "calibration",
     "tables",
@@ -99,7 +100,7 @@ def test_kernels_import_triton_and_siblings_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "model", "traffic", "calibration", "tables", "store", "choice", "device", "geometry"]
+    "name", ["plan", "model", "cost", "traffic", "calibration", "tables", "store", "choice", "device", "geometry"]
 )
 def test_plans_are_pure_python(name: str) -> None:
     found = imports(ROOT / "tritonbn" / f"{name}.py")

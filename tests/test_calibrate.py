@@ -17,7 +17,7 @@ import torch
 import tritonbn
 from tests.warned import told
 from tritonbn import calibrating as calibrate
-from tritonbn import calibration, launch, model, planning, store, tables, timing
+from tritonbn import calibration, cost, launch, model, planning, store, tables, timing
 from tritonbn.choice import Plan, Problem
 from tritonbn.device import Constants, Device
 from tritonbn.plan import make_plan
@@ -54,7 +54,7 @@ class Figures:
         self.asked.append(plan.path)
         device = Device(*GPU.gpu, L2, measured=SAID._replace(l2_share=self.share))
         factor = self.factors.get(plan.path, 1.0)
-        return None if factor is None else 1e6 * factor * model.predicted(plan, problem, device)
+        return None if factor is None else 1e6 * factor * cost.predicted(plan, problem, device)
 
 
 def measured(gpu: Device = GPU, **figures: Any) -> Device:
@@ -110,7 +110,7 @@ def test_the_choice_follows_from_the_figures(problem: Problem, figures: dict[str
 
 def test_a_plan_that_waits_must_promise_more_than_the_prediction_may_be_wrong_by() -> None:
     device = measured(cooperative=None)
-    split, stream = (model.seconds(model.best(LARGE, device, p), LARGE, device) for p in ("split", "stream"))
+    split, stream = (cost.seconds(model.best(LARGE, device, p), LARGE, device) for p in ("split", "stream"))
     for promise, expected in ((1.05, "split"), (1.15, "stream")):
         factor = split / stream / promise
         assert path(LARGE, measured(cooperative=None, stream=factor)) == expected
@@ -122,8 +122,8 @@ def test_plans_tell_whether_constants_are_measured() -> None:
     assert plan.estimate is not None
     assert plan.estimate.constants == "calibrated"
     assert plan.estimate.bandwidth == pytest.approx(2e12)
-    assert plan.estimate.seconds == pytest.approx(1.25 * model.predicted(plan, LARGE, device))
-    assert "us by calibrated constants; plan from the model" in str(plan)
+    assert plan.estimate.seconds == pytest.approx(1.25 * cost.predicted(plan, LARGE, device))
+    assert "us by calibrated constants, bound by memory; plan from the model" in str(plan)
     assumed = make_plan(*LARGE[:4], device, tuned=False)
     assert assumed.estimate == make_plan(*LARGE[:4], GPU).estimate, "deterministic mode takes nothing measured"
     assert "by assumed constants" in str(assumed)

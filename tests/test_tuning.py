@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 import tritonbn
 from tests import launches
-from tritonbn import handles, launch, model, plan_timing, planning, tables, timing, tuning
+from tritonbn import cost, handles, launch, model, plan_timing, planning, tables, timing, tuning
 from tritonbn.choice import Plan, Problem, build
 from tritonbn.device import H200
 from tritonbn.layers import Layer
@@ -108,7 +108,7 @@ def test_a_present_plan_that_cannot_be_timed_is_no_start() -> None:
 def test_two_rounds_and_no_plan_twice(problem: Problem) -> None:
     """The best of each path and those that the model expects most of; then neighbours of the fastest, no others."""
     candidates = list(model.plans_for(problem, H200))
-    slowest = max(candidates, key=lambda plan: model.seconds(plan, problem, H200))
+    slowest = max(candidates, key=lambda plan: cost.seconds(plan, problem, H200))
     winner = model.best(problem, H200, slowest.path)
     measure = Times(lambda plan: 10.0 if plan == winner else 100.0)
     found = tune_problem(problem, H200, measure)
@@ -118,7 +118,7 @@ def test_two_rounds_and_no_plan_twice(problem: Problem) -> None:
     assert {plan.path for plan in measure.asked} == {plan.path for plan in candidates}
     first = [plan for plan in measure.asked if plan in candidates]
     second = [plan for plan in measure.asked if plan not in candidates]
-    by_time = [*dict.fromkeys(sorted(candidates, key=lambda plan: model.seconds(plan, problem, H200)))]
+    by_time = [*dict.fromkeys(sorted(candidates, key=lambda plan: cost.seconds(plan, problem, H200)))]
     each = {model.best(problem, H200, path) for path in {plan.path for plan in candidates}}
     assert each | set(by_time[: model.FIRST]) <= set(first)
     assert set(first) <= each | set(by_time[: model.FIRST]) | set(model.neighbours(winner, problem, H200))

@@ -12,11 +12,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from tritonbn import calibration, model, plan_timing, planning, probes, store, tickets, timing
+from tritonbn import calibration, cost, model, plan_timing, planning, probes, store, tickets, timing
 from tritonbn.choice import Layout, Operation, Path, Plan, Problem
 from tritonbn.device import Constants, Device
 from tritonbn.probes import Probe, Times
@@ -220,7 +221,7 @@ def timers(device: torch.device, gpu: Device) -> tuple[TimeProbe, TimePlan]:
         N, C, S = problem.shape
         shape = (N, C) if problem.layout == "rows" else (N, C, S)
         make = lambda: torch.empty(shape, dtype=torch.bfloat16, device=device)  # noqa: E731
-        least = max(plan_timing.LEAST_SECONDS, model.predicted(plan, problem, gpu) / 2)
+        least = max(plan_timing.LEAST_SECONDS, cost.predicted(plan, problem, gpu) / 2)
         return plan_timing.measure_of(problem, make, device, gpu, SAMPLES, least)(plan)
 
     return time_probe, time_plan
@@ -243,7 +244,7 @@ def measured(gpu: Device, time_probe: TimeProbe, time_plan: TimePlan) -> Constan
     for probe in probes_for(gpu):
         times[probe.what, probe.bytes] = time_probe(probe)
     constants = constants_of(times, gpu)
-    device = Device(gpu.name, gpu.sms, gpu.l2_bytes, gpu.bandwidth, gpu.cooperative, constants)
+    device = replace(gpu, measured=constants)
     factors: dict[str, float] = {}
     for shape in SHAPES:
         for operation in OPERATIONS:
@@ -255,8 +256,8 @@ def measured(gpu: Device, time_probe: TimeProbe, time_plan: TimePlan) -> Constan
                     continue
                 us = time_plan(problem, plan)
                 if us is not None:
-                    kind = model.kind(path, problem, device)
-                    factors[kind] = 1e-6 * us / model.predicted(plan, problem, device)
+                    kind = cost.kind(path, problem, device)
+                    factors[kind] = 1e-6 * us / cost.predicted(plan, problem, device)
     return constants._replace(factors=tuple(factors.items()), waiting=gpu.cooperative)
 
 

@@ -92,6 +92,7 @@ class Estimate(NamedTuple):
     floor: int  # bytes that must be read and written
     bandwidth: float  # of memory, bytes per second
     seconds: float  # that the plan should take
+    bound: str  # what most of them go to: memory, L2, latency, issue (of instructions) or launch
     source: str  # where the plan is from
     constants: str  # of the model: assumed, or calibrated on this very GPU
 
@@ -99,8 +100,8 @@ class Estimate(NamedTuple):
         floor = 1e6 * self.floor / self.bandwidth
         return (
             f"moves {self.moved:,} bytes; floor {self.floor:,} bytes = {floor:.1f} us at {self.bandwidth / 1e12:.1f} "
-            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us by {self.constants} constants; "
-            f"plan from {self.source}"
+            f"TB/s of {self.device}; predicted {1e6 * self.seconds:.1f} us by {self.constants} constants, "
+            f"bound by {self.bound}; plan from {self.source}"
         )
 
 

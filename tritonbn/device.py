@@ -1,6 +1,6 @@
 """GPU facts that the planner uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Constants(NamedTuple):
     # L2 delivers so many times what memory does; a part of it is filled by what is written, and by other kernels.
     l2_speed: float = 1.5
     l2_share: float = 0.6
-    # Of kinds of plans (see `model.kind`), measured time by predicted time.
+    # Of kinds of plans (see `cost.kind`), measured time by predicted time.
     factors: tuple[tuple[str, float], ...] = ()
     waiting: bool = False  # plans whose programs wait for each other were measured, too
 
@@ -45,6 +45,7 @@ class Device:
     bandwidth: float = 4.3e12  # bytes per second that a large copy reads and writes, as far as nothing is measured
     cooperative: bool = True  # can launch a grid whose programs wait for each other
     measured: Constants | None = None  # on this very GPU
+    clock: float = 1.755e9  # of its multiprocessors under load, in Hz
 
     @cached_property
     def constants(self) -> Constants:
@@ -65,14 +66,15 @@ class Device:
 H200 = Device()
 
 # SMs, L2 and bandwidth by the data sheets, of the bandwidth 0.9: an estimate of what a plain copy reaches, which
-# `python -m bench ops` measures.
+# `python -m bench ops` measures. Clocks are assumed: the boost clock of an A100, and of the others what they hold under
+# load, 0.89 (H100, H200) and 0.94 (B200) of the highest they reach.
 KNOWN = (
-    Device("NVIDIA A100-SXM4-80GB", 108, 40 << 20, 1.8e12),
+    Device("NVIDIA A100-SXM4-80GB", 108, 40 << 20, 1.8e12, clock=1.41e9),
     Device("NVIDIA H100 80GB HBM3", 132, 50 << 20, 3.0e12),
     H200,
-    Device("NVIDIA B200", 148, 126 << 20, 7.2e12),
+    Device("NVIDIA B200", 148, 126 << 20, 7.2e12, clock=1.85e9),
     # L2 is 4 MB per die here, and the 256 MB behind it is shared with the memory side: no second pass is planned on it.
-    Device("AMD Instinct MI300X", 304, 4 << 20, 4.8e12),
+    Device("AMD Instinct MI300X", 304, 4 << 20, 4.8e12, clock=2.1e9),
 )
 
 
@@ -81,4 +83,5 @@ def described(name: str, sms: int, l2_bytes: int, data_sheet_bandwidth: float, c
     known = next((device for device in KNOWN if device.name == name), None)
     # A GPU of which nothing is known has memory for its multiprocessors as an A100 has.
     bandwidth = known.bandwidth if known else 0.9 * data_sheet_bandwidth or sms * 1.6e10
-    return Device(name, sms, (known.l2_bytes if known else l2_bytes) or 4 << 20, bandwidth, cooperative)
+    found = Device(name, sms, (known.l2_bytes if known else l2_bytes) or 4 << 20, bandwidth, cooperative)
+    return replace(found, clock=known.clock) if known else found

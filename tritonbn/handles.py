@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritonbn import private
-from tritonbn.model import WARPS_PER_SM
+from tritonbn.cost import WARPS_PER_SM
 from tritonbn.occupancy import resident_programs
 from tritonbn.plan import Plan
 from tritonbn.private import JITFunction, driver

@@ -1,16 +1,16 @@
-"""Which plans there are for a problem, and how long each should take: the plan where nothing was measured.
+"""Which plans there are for a problem, and which of them should take the least time, see `cost.py`.
 
-The time is bytes / bandwidth, with the bandwidth that the bytes in flight allow, plus launches, barriers and merges.
-Its constants are those of the device: estimates, or what `tritonbn.calibrate` measured, with the factors by which each
-kind of plans missed its prediction. `tritonbn.tune` replaces what follows from all of them by measurements of a layer.
+The plan where nothing was measured: `tritonbn.tune` replaces what follows from the prediction by measurements of a
+layer.
 """
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from math import ceil, inf
+from math import inf
 from operator import itemgetter
 
 from tritonbn.choice import Choice, Path, Plan, Problem, build, cut
+from tritonbn.cost import SM_REACH, WAITING, kind, programs_at_once, seconds, waits
 from tritonbn.device import Device
 from tritonbn.geometry import (
     BYTES_PER_THREAD,
@@ -21,13 +21,6 @@ from tritonbn.geometry import (
     power_of_two,
 )
 
-# Seconds until a load from memory, or from L2, returns.
-LATENCY = 700e-9
-L2_LATENCY = 300e-9
-# One SM can take so many times its share of the bandwidth.
-SM_REACH = 1.5
-# Most kernels take 128 registers at most (`python -m bench codegen`): that many warps per SM.
-WARPS_PER_SM = 16
 # So many percent of a wave of split reductions should have work.
 FULL_WAVE = 95
 # A cooperative grid starts when all of the GPU is free for it, and its measured factor is that of one shape: it must
@@ -38,7 +31,6 @@ APPLY_TILES = 4
 # Shared memory for the loads of a loop with stages, one of them maybe of a residual that was not there when they were
 # measured: an A100 has 163 KiB, and reductions need some as well.
 LARGEST_STAGES = 144 << 10
-WAITING: tuple[Path, ...] = ("cooperative", "stream")  # paths whose programs wait for each other
 FIRST = 8  # plans of the first round of tuning, beside the best of each path
 # What `neighbours` change beside the tile; a cooperative program has one tile, so that its splits follow.
 TUNABLE: dict[Path, tuple[str, ...]] = {"split": ("splits", "apply_tiles"), "stream": ("splits", "slots")}
@@ -160,6 +152,8 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
     programs = programs_at_once(choice.num_warps, device)
     if tiles > 1 and groups * tiles <= programs:
         yield _least(problem, device, groups, groups, tiles), choice._replace(path="cooperative", splits=tiles)
+    # Plans do not know whether there are a residual and bits, which L2 holds meanwhile, too. In a model of L2 up to 9%
+    # of a second pass is lost to them: for [256, 64, 56, 56] in 16 bits 2 us, and half as many slots cost 2 barriers.
     held = int(device.constants.l2_share * device.l2_bytes) // max(1, problem.operands * problem.data // groups)
     for slots in {1 << bit for bit in range(9)} | {groups}:
         share = splits or min(programs // slots, tiles)
@@ -173,12 +167,7 @@ def _least(problem: Problem, device: Device, groups: int, slots: int, splits: in
     constants, rounds = device.constants, -(-groups // slots)
     reach = min(1.0, SM_REACH * slots * splits / device.sms)
     time = (problem.operands + 1) * problem.data / (constants.bandwidth * reach)
-    return 1.5 * constants.launch + rounds * slots / groups * time + _waits(rounds, slots) * constants.barrier
-
-
-def _waits(rounds: int, slots: int) -> float:
-    """Barriers that are waited for: while one slot waits, the programs of others work, if there are any."""
-    return rounds if slots == 1 else 1 + (rounds - 1) / 2
+    return 1.5 * constants.launch + rounds * slots / groups * time + waits(rounds, slots) * constants.barrier
 
 
 def _splits(groups: int, tiles: int, device: Device) -> int:
@@ -195,11 +184,6 @@ def _splits(groups: int, tiles: int, device: Device) -> int:
         if splits and groups * splits / (waves * wave) > use:
             fullest, use = splits, groups * splits / (waves * wave)
     return fullest
-
-
-def programs_at_once(num_warps: int, device: Device) -> int:
-    """Programs that are on the device at a time."""
-    return device.sms * max(1, WARPS_PER_SM // num_warps)
 
 
 def check(plan: Plan, device: Device) -> Plan:
@@ -239,64 +223,3 @@ def neighbours(plan: Plan, problem: Problem, device: Device) -> Iterator[Plan]:
             continue
     found.pop(plan, None)
     yield from sorted(found, key=lambda near: seconds(near, problem, device))
-
-
-def kind(path: Path, problem: Problem, device: Device) -> str:
-    """What a measured factor holds for: path, layout and direction, apart for what L2 holds with what is written."""
-    size = (problem.operands + 1) * problem.data
-    return f"{path}/{problem.layout}/{problem.operation}/{'L2' if size <= device.l2_bytes else 'memory'}"
-
-
-def seconds(plan: Plan, problem: Problem, device: Device) -> float:
-    """The time that a plan should take on the device, between other kernels: predicted, times what was measured."""
-    time = predicted(plan, problem, device)
-    return time * device.factors.get(kind(plan.path, problem, device), 1.0) if device.factors else time
-
-
-def predicted(plan: Plan, problem: Problem, device: Device) -> float:
-    """The time that a plan should take by the constants of the device, without its factors."""
-    constants = device.constants
-    read, write, usable = problem.operands * problem.data, problem.data, constants.l2_share * device.l2_bytes
-    if plan.operation == "inference":
-        programs = plan.groups * plan.apply_splits
-        waves = ceil(programs / programs_at_once(plan.num_warps, device))
-        return constants.launch + _pass(plan, device, write, 0, write, programs, waves * plan.apply_tiles)
-    at_once = programs_at_once(plan.num_warps, device)
-    together = plan.path in WAITING
-    programs = (plan.slots if together else plan.groups) * plan.splits
-    merge = ceil(plan.splits / plan.merge_block) * 2 * L2_LATENCY
-    waves = ceil(programs / at_once)
-    if plan.path == "split":
-        hits = read if read + write <= usable else min(read, usable)
-        time = _pass(plan, device, read, 0, 0, programs, waves * plan.reduce_tiles) + LATENCY + merge
-        programs = plan.groups * plan.apply_splits
-        tiles = ceil(programs / at_once) * plan.apply_tiles
-        return 2 * constants.launch + time + _pass(plan, device, read - hits, hits, write, programs, tiles)
-    again = 0.0 if plan.tile.ONCE else read * (1 - 1 / plan.reduce_tiles)
-    live = min(programs, at_once) * read / (plan.groups * plan.splits)
-    hits = again * min(1.0, usable / live)
-    rounds = ceil(plan.groups / plan.slots) if together else waves
-    tiles = rounds * plan.reduce_tiles
-    if rounds == 1:  # all reduce, then all write
-        time = _pass(plan, device, read, 0, 0, programs, tiles)
-        time += _pass(plan, device, again - hits, hits, write, programs, tiles)
-    else:  # some reduce while others write
-        time = _pass(plan, device, read + again - hits, hits, write, programs, 2 * tiles)
-    if together:
-        uneven = rounds * plan.slots / plan.groups
-        waits = _waits(rounds, plan.slots)
-        time = constants.launch / 2 + uneven * time + waits * (constants.barrier + merge)
-    return constants.launch + time
-
-
-def _pass(plan: Plan, device: Device, read: float, hits: float, written: float, programs: int, tiles: int) -> float:
-    """Seconds to read from memory and from L2 and to write that many bytes, by so many programs.
-
-    What memory takes, or L2, or the loads that each program waits for: it works on `tiles`, two at a time.
-    """
-    reach = min(1.0, SM_REACH * programs / device.sms)
-    bandwidth = device.constants.bandwidth
-    memory = (read + written) / (bandwidth * reach)
-    cache = (read + hits + written) / (device.constants.l2_speed * bandwidth)
-    narrow = max(1.0, 64 / plan.access_bits)
-    return max(memory, cache, ceil(tiles / 2) * LATENCY) * narrow

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, get_args
 
-from tritonbn import model, tables
+from tritonbn import cost, model, tables
 from tritonbn.choice import GRID_LIMIT, Choice, Estimate, Layout, Operation, Path, Plan, Problem, build
 from tritonbn.device import H200, Device
 from tritonbn.traffic import Operands, bytes_moved, floor_bytes
@@ -89,9 +89,9 @@ def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, wr
 
 def _estimate(problem: Problem, device: Device, source: str, plan: Plan) -> Estimate:
     moved, floor = bytes_moved(plan, Operands()), floor_bytes(plan, Operands())
-    seconds = model.seconds(plan, problem, device)
+    seconds, bound = cost.seconds(plan, problem, device), cost.bound(plan, problem, device)
     constants = "assumed" if device.measured is None else "calibrated"
-    return Estimate(device.name, moved, floor, device.constants.bandwidth, seconds, source, constants)
+    return Estimate(device.name, moved, floor, device.constants.bandwidth, seconds, bound, source, constants)
 
 
 def _chosen(problem: Problem, device: Device, force: _Forced, tuned: bool) -> tuple[Plan, str]:

@@ -1,4 +1,4 @@
-"""Plans by measurement, on request: what the model of `model.py` can only estimate.
+"""Plans by measurement, on request: what the model of `cost.py` can only estimate.
 
 Tunes the layers that a model has, on a GPU that is otherwise idle, and keeps what it found in the user's table. Nothing
 here runs by itself: where no measurement is at hand, training goes on with the plan of the model.
