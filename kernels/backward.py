@@ -29,7 +29,7 @@ def program_sums(
     )  # [BLOCK_L, BLOCK_R] fp32
     dz0 = s1.to(dy_ptr.dtype.element_ty)
     store_gradients(dx_ptr, dresidual_ptr, s1, scale, group, t0, R, C, width, T)
-    s2 = s1 * tl.where(tile(group, t0, R, C, width, T)[1], d, 0.0)
+    s2 = s1 * d
     if not T.ONCE:
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES):
             dz, d, _ = load_gradient(
@@ -37,7 +37,7 @@ def program_sums(
             )
             store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
             s1 += dz
-            s2 += dz * tl.where(tile(group, t, R, C, width, T)[1], d, 0.0)
+            s2 += dz * d
     return fold(s1, T), fold(s2, T), dz0, x0
 
 

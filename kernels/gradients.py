@@ -41,7 +41,7 @@ def load_gradient(
     elif ACT.name != "identity":
         if residual_ptr is not None:
             z += widen(load_tile(residual_ptr, at, mask, LAST))
-        dz = tl.where(mask, gradient(dz, z, ACT), 0.0)
+        dz = gradient(dz, z, ACT, dy_ptr.dtype.element_ty)
     return dz, d, x
 
 
