@@ -1,10 +1,13 @@
-"""The activations, each in one place: value, derivative and, where two values make it up, which of them.
+"""The activations, each in one place: value, derivative and, where that has two values, which of them.
 
 ACT is a constant with fields name, a, b (`tritonbn.activations.Activation`), OUT the dtype that results are rounded to.
-NaN, infinities and derivatives at jumps are those of torch. Where OUT has 16 bits, `..._short` compute what its rounding
-cannot tell from the exact values, in few instructions: fp32 all of them, and tests/test_activations.py tries every
-input. They take one exponential and one reciprocal, and let the exponential overflow: 1 / (1 + inf) is the 0 it stands for.
-The others are exact to the dtype of z; no exponential of theirs overflows, and all denominators are between 1 and 5.
+NaN, infinities and derivatives at jumps are those of torch. Nothing here calls a library that Triton's interpreter or a
+GPU may lack.
+
+Results of 16 bits are computed by functions named `..._short`, to what their rounding leaves of them, so that memory
+stays the limit: one exponential and at most one reciprocal for an element. Exponentials may overflow there, as
+1 / (1 + inf) is the 0 that it stands for. `tests/test_activations.py` compares the results for all inputs.
+In 32 and 64 bits all digits count; exponentials are of numbers below zero there, and denominators between 1 and 5.
 """
 
 from typing import Any
@@ -18,16 +21,19 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def compiles_for_cuda(_semantic: Any = None) -> tl.constexpr:
-    """Whether the kernel that calls it is being compiled for CUDA, a constant there; no interpreter, no other GPU."""
+    """Whether what calls it is being compiled for CUDA, not for another GPU or run by the interpreter; a constant."""
     return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
 
 
-compiles_for_cuda.__triton_builtin__ = True  # type: ignore[attr-defined]  # so it is given _semantic, as in triton.language.target_info
+compiles_for_cuda.__triton_builtin__ = True  # it is given _semantic then, as functions of triton.language are
 
 
 @triton.jit
 def reciprocal(v):
-    """1 / v to an ulp, fp32, 1 <= v <= inf; 0 where it is below 2^-126. A division scales its operands, in 5 instructions."""
+    """1 / v to an ulp, fp32, for v of 0.5 to inf; 0 where it is below 2^-126.
+
+    One instruction on CUDA, where a division takes six to scale its operands first.
+    """
     if compiles_for_cuda():
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
@@ -137,7 +143,7 @@ def gelu_slope_short(z, ACT: tl.constexpr, OUT: tl.constexpr):
     0.05 (errors 2.3e-4 of gelu, 3.1e-4 of gelu_tanh), in fp16 above 0.005 and 0.02 (1.6e-5, 8e-6).
     """
     w = z * z
-    if ACT.name == "gelu" and OUT == tl.bfloat16:
+    if ACT.name == "gelu" and OUT.is_bf16():
         s = sigmoid_short(z * (-2.07477 - w * 0.0859404))
         v = s - s * s
         q = 1.83107 - v * 0.326661
@@ -145,7 +151,7 @@ def gelu_slope_short(z, ACT: tl.constexpr, OUT: tl.constexpr):
         s = sigmoid_short(z * (-1.89225 - w * (0.108313 - w * (1.1882e-3 - w * 7.67401e-6))))
         v = s - s * s
         q = 1.62073 + v * (0.761506 + v * 1.09585)
-    elif OUT == tl.bfloat16:
+    elif OUT.is_bf16():
         s = sigmoid_short(z * (-1.89345 - w * 0.0975971))
         v = s - s * s
         q = 1.58195 + v * 1.16797
@@ -158,7 +164,10 @@ def gelu_slope_short(z, ACT: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def mish_short(z):
-    """(n, p, r): tanh(log(1 + exp(z))) = n * r, its derivative 2 * p * r^2; p = exp(z) + exp(z)^2, r^2 is 0 at 43, where z is cut."""
+    """(n, p, r): tanh(log(1 + exp(z))) = n * r, and its derivative 2 * p * r^2, in powers of exp(z).
+
+    Larger z count as 43: nothing overflows there, n * r is 1 and r^2 underflows to 0, so infinity gives torch's NaN.
+    """
     e = tl.exp2(tl.minimum(z, 43.0) * LOG2E)
     n = e * (0.5 * e + 1.0)
     return n, e * e + e, reciprocal(n + 1.0)
@@ -174,9 +183,9 @@ def log1p_short(e):
 def activate_short(z, ACT: tl.constexpr):
     """activation(z) for results of 16 bits; only the activations with exponentials."""
     if ACT.name == "elu":
-        n = tl.minimum(z, 0.0)  # near 0 the Taylor series: the difference would cancel
-        near = n * (n * (0.5 * ACT.a) + (ACT.a - 1.0)) + z
-        return tl.where(z > -0.02, near, tl.exp2(z * LOG2E) * ACT.a - ACT.a)
+        n = tl.minimum(z, 0.0)
+        near = n * (n * (0.5 * ACT.a) + (ACT.a - 1.0)) + z  # Taylor's series: the difference below would cancel
+        return tl.where(z < -0.02, tl.exp2(n * LOG2E) * ACT.a - ACT.a, near)
     elif ACT.name == "silu":
         return z * sigmoid_short(z * -LOG2E)
     elif ACT.name == "gelu":
@@ -195,7 +204,9 @@ def activate_short(z, ACT: tl.constexpr):
         u = z * ACT.a
         e = tl.exp2(tl.abs(u) * -LOG2E)
         y = (log1p_short(e) + tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)) * (1.0 / ACT.a)
-        return y if ACT.b >= 10.0 else tl.where(u > ACT.b, z, y)  # beyond 10, log(1 + exp(-u)) < 5e-5 tells no difference
+        return (
+            y if ACT.b >= 10.0 else tl.where(u > ACT.b, z, y)
+        )  # beyond 10, log(1 + exp(-u)) < 5e-5 tells no difference
 
 
 @triton.jit
