@@ -10,22 +10,13 @@ stays the limit: one exponential and at most one reciprocal for an element. Expo
 In 32 and 64 bits all digits count; exponentials are of numbers below zero there, and denominators between 1 and 5.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from .statistics import ratio
+from .tiles import compiles_for_cuda
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-def compiles_for_cuda(_semantic: Any = None) -> tl.constexpr:
-    """Whether what calls it is being compiled for CUDA, not for another GPU or run by the interpreter; a constant."""
-    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
-
-
-compiles_for_cuda.__triton_builtin__ = True  # it is given _semantic then, as functions of triton.language are
 
 
 @triton.jit

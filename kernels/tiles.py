@@ -13,8 +13,18 @@ A tile is [lanes, rows], with what is summed along the last axis: sums are trees
 Where a branch on a constant returns, the other one needs its `else`: Triton compiles what follows a static return.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def compiles_for_cuda(_semantic: Any = None) -> tl.constexpr:
+    """Whether what calls it is being compiled for CUDA, not for another GPU or run by the interpreter; a constant."""
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
+
+
+compiles_for_cuda.__triton_builtin__ = True  # it is given _semantic then, as functions of triton.language are
 
 
 @triton.jit
@@ -22,6 +32,10 @@ def widen(x):
     """x in the dtype of the arithmetic: fp64 stays fp64, all others become fp32."""
     if x.dtype == tl.float64:
         return x
+    elif x.dtype == tl.bfloat16 and x.numel > 1 and compiles_for_cuda():  # two instructions for two of them, not three
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
     else:
         return x.to(tl.float32)
 
