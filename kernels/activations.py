@@ -155,7 +155,7 @@ def gelu_slope_short(z, ACT: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def mish_short(z):
-    """(n, p, r): tanh(log(1 + exp(z))) = n * r, and its derivative 2 * p * r^2, in powers of exp(z).
+    """(n, p, r): tanh(log(1 + exp(z))) = n * r and its derivative p * r^2, in powers of exp(z).
 
     Larger z count as 43: nothing overflows there, n * r is 1 and r^2 underflows to 0, so infinity gives torch's NaN.
     """
@@ -195,9 +195,10 @@ def activate_short(z, ACT: tl.constexpr):
         u = z * ACT.a
         e = tl.exp2(tl.abs(u) * -LOG2E)
         y = (log1p_short(e) + tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)) * (1.0 / ACT.a)
-        return (
-            y if ACT.b >= 10.0 else tl.where(u > ACT.b, z, y)
-        )  # beyond 10, log(1 + exp(-u)) < 5e-5 tells no difference
+        if ACT.b >= 10.0:  # beyond it z and y are the same number: log(1 + exp(-10)) < 5e-5
+            return y
+        else:
+            return tl.where(u > ACT.b, z, y)
 
 
 @triton.jit
