@@ -236,7 +236,7 @@ def activate(z, ACT: tl.constexpr, OUT: tl.constexpr):
     elif ACT.costly and OUT.primitive_bitwidth == 16 and z.dtype == tl.float32:
         return activate_short(z, ACT)
     elif ACT.name == "relu":
-        return tl.where(z <= 0.0, 0.0, z)  # keeps NaN
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT.name == "relu6":
         return tl.clamp(z, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT.name == "leaky_relu":

@@ -13,13 +13,11 @@ A tile is [lanes, rows], with what is summed along the last axis: sums are trees
 Where a branch on a constant returns, the other one needs its `else`: Triton compiles what follows a static return.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
-def compiles_for_cuda(_semantic: Any = None) -> tl.constexpr:
+def compiles_for_cuda(_semantic=None):
     """Whether what calls it is being compiled for CUDA, not for another GPU or run by the interpreter; a constant."""
     return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
 
