@@ -23,7 +23,6 @@ from .tiles import (
     tile,
     tile_count,
     widen,
-    within,
 )
 
 
@@ -42,7 +41,7 @@ def program_sums(
     )  # [BLOCK_L, BLOCK_R] fp32
     dz0 = s1.to(dy_ptr.dtype.element_ty)
     store_gradients(dx_ptr, dresidual_ptr, s1, scale, group, t0, R, C, width, T)
-    s2 = s1 * within(d, tile(group, t0, R, C, width, T)[1], group, t0, R, width, T)
+    s2 = s1 * d
     if not T.ONCE:
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES):
             dz, d, _ = load_gradient(
@@ -50,7 +49,7 @@ def program_sums(
             )
             store_gradients(dx_ptr, dresidual_ptr, dz, scale, group, t, R, C, width, T)
             s1 += dz
-            s2 += dz * within(d, tile(group, t, R, C, width, T)[1], group, t, R, width, T)
+            s2 += dz * d
     s1, s2 = fold_two(s1, s2, T)
     return s1, s2, dz0, x0
 

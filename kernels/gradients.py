@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 
 from .activations import gradient, gradient_where
-from .tiles import load_bits, load_channels, load_scale, load_shift, load_tile, normalize, store_tile, tile, widen, within
+from .tiles import (
+    load_bits,
+    load_channels,
+    load_scale,
+    load_shift,
+    load_tile,
+    normalize,
+    store_tile,
+    tile,
+    widen,
+    within,
+)
 
 
 @triton.jit
@@ -41,9 +52,10 @@ def load_gradient(
     elif ACT.name != "identity":
         if residual_ptr is not None:
             z += widen(load_tile(residual_ptr, at, mask, LAST))
-        dz = gradient(dz, z, ACT)
-    if T.ALIGN > 1 or (bits_ptr is None and ACT.name != "identity"):
+        dz = gradient(dz, z, ACT, dy_ptr.dtype.element_ty)
+    if T.ALIGN > 1:  # there are values of other planes
         dz = within(dz, mask, group, t, R, width, T)
+        d = within(d, mask, group, t, R, width, T)
     return dz, d, x
 
 

@@ -33,7 +33,7 @@ def finish(z, residual_ptr, y_ptr, bits_ptr, group, t, R, C, width, T: tl.conste
         z += widen(load_tile(residual_ptr, at, mask))
     if bits_ptr is not None:
         store_bits(bits_ptr, upper(z, ACT), group, t, R, C, width, T)
-    store_tile(y_ptr, at, mask, activate(z, ACT), group, t, R, width, T)
+    store_tile(y_ptr, at, mask, activate(z, ACT, y_ptr.dtype.element_ty), group, t, R, width, T)
 
 
 @triton.jit

@@ -82,7 +82,8 @@ def merge_statistics(workspace_ptr, group, c, live, R, C, width, tiles, T: tl.co
     for p0 in tl.range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         there = (p < P)[None, :]
-        values = filled(tl.minimum(p * tiles + tiles, total), group, R, width, T) - filled(p * tiles, group, R, width, T)
+        end = tl.minimum(p * tiles + tiles, total)
+        values = filled(end, group, R, width, T) - filled(p * tiles, group, R, width, T)
         n_p = tl.where(there, values[None, :], 0).to(k0.dtype)  # [1, BLOCK_P]
         mask = live[:, None] & there
         at = workspace_ptr + c[:, None] + (p * 3 * C)[None, :]

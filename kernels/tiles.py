@@ -17,11 +17,23 @@ import triton
 import triton.language as tl
 
 
+def compiles_for_cuda(_semantic=None):
+    """Whether what calls it is being compiled for CUDA, not for another GPU or run by the interpreter; a constant."""
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
+
+
+compiles_for_cuda.__triton_builtin__ = True  # it is given _semantic then, as functions of triton.language are
+
+
 @triton.jit
 def widen(x):
     """x in the dtype of the arithmetic: fp64 stays fp64, all others become fp32."""
     if x.dtype == tl.float64:
         return x
+    elif x.dtype == tl.bfloat16 and x.numel > 1 and compiles_for_cuda():  # two instructions for two of them, not three
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
     else:
         return x.to(tl.float32)
 
@@ -258,7 +270,7 @@ def fold(v, T: tl.constexpr):
 
 @triton.jit
 def fold_two(v, w, T: tl.constexpr):
-    """`fold` of two tiles; of rows with the barriers of one, where lanes become channels it would take many registers."""
+    """`fold` of two tiles; of rows with the barriers of one: elsewhere that would take many registers."""
     if T.GROUP == 1 or T.SPAN > 1:
         return fold(v, T), fold(w, T)
     else:

@@ -34,9 +34,9 @@ LAYOUTS = [
 
 
 def agrees(read: int, plan: Plan, operands: Operands) -> bool:
-    """Whether so many bytes are what the plan says. Odd planes are read in whole accesses, with a bit of their neighbours'.
+    """Whether so many bytes are what the plan says.
 
-    Those are in sectors that memory moves anyway.
+    Odd planes are read in whole accesses, with some of their neighbours', in sectors that memory moves anyway.
     """
     said, tile = bytes_moved(plan, operands), plan.tile
     return said <= read <= said * (1 + 2 * (tile.ALIGN - 1) / plan.shape[2])
