@@ -51,6 +51,14 @@ def lane_blocks(width, T: tl.constexpr):
 
 
 @triton.jit
+def corner(t, width, T: tl.constexpr):
+    """(row, lane) where tile t of a plane begins. Neither is below zero, and the division is shorter without signs."""
+    blocks = lane_blocks(width, T)
+    rows = (tl.cast(t, tl.uint32) // tl.cast(blocks, tl.uint32)).to(tl.int32)
+    return rows * T.BLOCK_R, (t - rows * blocks) * T.BLOCK_L
+
+
+@triton.jit
 def load_tile(ptr, at, mask, LAST: tl.constexpr = False):
     """A tile in its own dtype, 0 where the mask is False.
 
@@ -73,9 +81,9 @@ def tile(group, t, R, C, width, T: tl.constexpr):
     lane = tl.arange(0, T.BLOCK_L)
     if T.GROUP == 1:
         S = width * T.V
-        blocks = lane_blocks(width, T)
-        row += t // blocks * T.BLOCK_R
-        lane += t % blocks * T.BLOCK_L
+        first_row, first_lane = corner(t, width, T)
+        row += first_row
+        lane += first_lane
         start = group.to(tl.int64) * S
         length = S.to(tl.int64) * C
         live = lane < S
@@ -100,9 +108,8 @@ def at_edge(group, t, R, width, T: tl.constexpr):
     (edge, lane [BLOCK_L, 1], end [1, BLOCK_R]): the plane's lanes are those from 0 to end - 1.
     """
     S = width * T.V
-    blocks = lane_blocks(width, T)
-    lane = t % blocks * T.BLOCK_L - lead(group, width, T)
-    row = t // blocks * T.BLOCK_R
+    row, lane = corner(t, width, T)
+    lane -= lead(group, width, T)
     edge = (lane < 0) | (lane + T.BLOCK_L > S) | (row + T.BLOCK_R > R)
     end = tl.where(row + tl.arange(0, T.BLOCK_R) < R, S, 0)
     return edge, (lane + tl.arange(0, T.BLOCK_L))[:, None], end[None, :]
@@ -144,9 +151,9 @@ def bits(group, t, R, C, width, T: tl.constexpr, UNIT: tl.constexpr):
     row = tl.arange(0, T.BLOCK_R)
     unit = tl.arange(0, (T.BLOCK_L + UNIT - 1) // UNIT)
     if T.GROUP == 1:
-        blocks = lane_blocks(width, T)
-        row += t // blocks * T.BLOCK_R
-        unit += t % blocks * (T.BLOCK_L // UNIT)  # one block where lanes are fewer
+        first_row, first_lane = corner(t, width, T)
+        row += first_row
+        unit += first_lane // UNIT
         run = tl.cdiv(width * T.V + (T.ALIGN - 1), UNIT)
         length = run.to(tl.int64) * C
         live = unit < run
