@@ -146,6 +146,13 @@ def _resident(problem: Problem) -> Choice | None:
     return Choice("single", block_r, block_l, num_warps)
 
 
+def holds_pair(plan: Plan) -> bool:
+    """Whether a program of a plan keeps its share of two tensors, and in the backward of dy, in registers."""
+    size = plan.tile.BLOCK_R * plan.tile.BLOCK_L * plan.itemsize
+    most = RESIDENT_BYTES // 2 if plan.operation == "backward" or plan.itemsize == 8 else RESIDENT_BYTES
+    return plan.path == "single" and plan.tile.ONCE and size <= most
+
+
 def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[tuple[float, Choice]]:
     """All of the tensor in registers at a time; or as many channel groups as L2 holds.
 

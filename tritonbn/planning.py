@@ -9,7 +9,7 @@ from torch import Tensor
 from tritonbn import calibration, private, tables
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device, described
-from tritonbn.plan import make_plan
+from tritonbn.plan import make_pair_plan, make_plan
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -30,6 +30,12 @@ def plan_for(operation: Operation, x: Tensor, costly: bool = False, device: torc
     where = device or x.device
     tuned = where.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
     return make_plan(*problem_of(operation, x, costly)[:4], device_of(where), costly, tuned)
+
+
+def pair_plan_for(operation: Operation, x: Tensor) -> Plan:
+    """The plan of `operation` for the sum of two batch norms of tensors like dense x, see `make_pair_plan`."""
+    tuned = x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
+    return make_pair_plan(*problem_of(operation, x)[:4], device_of(x.device), tuned)
 
 
 def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:

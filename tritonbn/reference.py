@@ -3,6 +3,8 @@
 For readers, tests (in float64) and the second derivative; nothing here is tuned.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,39 @@ def gradients(
         n = x.numel() // x.shape[1]
         dx = dz - _per_channel(dbias / n, x) - normalized * _per_channel(dweight / n, x)
     return dx * _per_channel(scale, x), dweight, dbias, dz
+
+
+def pair_gradients(
+    dy: Tensor,
+    one: Sequence[Tensor | None],
+    other: Sequence[Tensor | None],
+    statistics: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None],
+    eps: tuple[float, float],
+    activation: Activation,
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, weight, bias) of both batch norms of activation(BN(one) + BN(other)); as `gradients`."""
+    x = one[0]
+    assert x is not None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Their dtypes, a weight's for a bias: rounded once, at the end.
+    dtypes = [t for x, w, b in (one, other) for t in (x, *[next(t for t in (w, b, x) if t is not None)] * 2)]
+    (x, w, b), (z, v, a) = ([t if t is None else t.to(dtype) for t in norm] for norm in (one, other))
+    assert x is not None
+    assert z is not None
+    normalized = _normalized(z, statistics[1], eps[1])
+    residual = _before_activation(normalized, v, a, None)
+    dx, dw, db, dz = gradients(dy.to(dtype), x, w, b, residual, statistics[0], eps[0], activation)
+    found = dx, dw, db, *gradients(dz, z, v, a, None, statistics[1], eps[1], IDENTITY)[:3]
+    return tuple(g.to(t.dtype) for g, t in zip(found, dtypes, strict=True))
+
+
+def _normalized(x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+    """(x - mean) * rstd with the statistics (mean, rstd), or those of the batch."""
+    if statistics is None:
+        mean, var = batch_statistics(x)
+        statistics = mean, torch.rsqrt(var + eps)
+    mean, rstd = statistics
+    return (x - _per_channel(mean, x)) * _per_channel(rstd, x)
 
 
 def _before_activation(
