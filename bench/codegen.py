@@ -143,7 +143,8 @@ def pairs(x: torch.Tensor, norm: pair_launch.Norm, activation: Activation) -> No
     assert norm.running_mean is not None
     assert norm.running_var is not None
     kept = pair_launch.Kept(x, norm.weight, norm.bias if needs_z else None, norm.running_mean, norm.running_var)
-    dtypes, paths = (norm.running_mean.dtype,) * 2, ("single", "split")
+    dtypes = (norm.running_mean.dtype,) * 2
+    paths: tuple[PlanPath, PlanPath] = "single", "split"
     for path in paths:
         with forced(path), suppress(ValueError):
             _, bits, *_ = pair_launch.forward(norm, norm, activation, activation.two_valued)

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from tritonbn import autograd, calibrating, dispatch, launch, operators, pair, private
 from tritonbn.activations import IDENTITY, Activation, ActivationLike, resolve
 from tritonbn.dispatch import DTYPES, SYMBOLIC, Call, Tensors, check_residual
-from tritonbn.pair import Norm
+from tritonbn.pair_launch import Norm
 
 __all__ = ["DTYPES", "batch_norm", "batch_norm_add", "check_residual", "normalize", "normalize_add"]
 
@@ -119,7 +119,8 @@ def batch_norm_add(
     that cannot be fused and an `other` of another shape, dtype or device.
 
     Two operations compute it in compiled code and under dispatch modes, for tensors of two memory formats, for batch
-    norms that share their statistics, and wherever torch computes `batch_norm`.
+    norms that share their statistics, where they move less (one tile of each tensor would be a program's share, but not
+    of all tensors together), and wherever torch computes `batch_norm`.
     """
     one = input, running_mean, running_var, weight, bias, None, None
     two = other, other_running_mean, other_running_var, other_weight, other_bias, None, None
@@ -230,15 +231,15 @@ def _add(
         and not (torch.compiler.is_compiling() or private.forward_derivatives() or private.dispatch_modes())
     ):
         together = pair.recognize(dispatch.recognize(one, training), dispatch.recognize(other, training))
-    if together is None:
+    if together is None or not together.pays(x, training):
         return _apart(one, other, training, momenta, epses, act, shared)
     if training and x.device not in calibrating.settled:
         calibrating.on_first_call(x.device)
-    norms = [
+    first, second = (
         Norm(t[0], t[3], t[4], t[1], t[2], t[6], momentum, eps)
         for t, momentum, eps in zip((one, other), momenta, epses, strict=True)
-    ]
-    return pair.add(*norms, training, act, together)
+    )
+    return pair.add(first, second, training, act, together)
 
 
 def _apart(
@@ -252,19 +253,16 @@ def _apart(
 ) -> Tensor:
     """`_add` as two operations; the later one is tried first where it might raise: nothing is written before."""
     calls = [(one, momenta[0], epses[0]), (other, momenta[1], epses[1])]
-    if not shared:  # as it would run otherwise, and the result is laid out as the input
+    if not shared:  # the result is laid out as the input
         calls.reverse()
-    (first, *numbers), (last, momentum, eps) = calls
-    if torch.compiler.is_compiling():  # nothing is written if anything is refused
-        certain = True
-    else:
-        certain = _fit(training, *calls[1]) and all(t is None or isinstance(t, Tensor) for t in last)
-    if not certain or dispatch.misfit(last, training):
-        statistics = [s.clone() if isinstance(s, Tensor) else s for s in last[1:3]]
+    first, (last, momentum, eps) = calls
+    certain = _fit(training, *calls[1]) and all(t is None or isinstance(t, Tensor) for t in last)
+    if not torch.compiler.is_compiling() and not (certain and not dispatch.misfit(last, training)):
+        mean, var = (s.clone() if isinstance(s, Tensor) else s for s in last[1:3])
         with torch.no_grad():
             weight = 0.0 if momentum is None else momentum
-            torch.nn.functional.batch_norm(last[0], *statistics, *last[3:5], training, weight, eps)
-    residual = _compute(first, training, *numbers, IDENTITY)
+            torch.nn.functional.batch_norm(last[0], mean, var, last[3], last[4], training, weight, eps)
+    residual = _compute(first[0], training, first[1], first[2], IDENTITY)
     return _compute((*last[:5], residual, last[6]), training, momentum, eps, act)
 
 

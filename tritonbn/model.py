@@ -149,7 +149,9 @@ def _resident(problem: Problem) -> Choice | None:
 def holds_pair(plan: Plan) -> bool:
     """Whether a program of a plan keeps its share of two tensors, and in the backward of dy, in registers."""
     size = plan.tile.BLOCK_R * plan.tile.BLOCK_L * plan.itemsize
-    most = RESIDENT_BYTES // 2 if plan.operation == "backward" or plan.itemsize == 8 else RESIDENT_BYTES
+    # More spills: of three tensors, and where a thread holds the values of several channels.
+    narrow = plan.operation == "backward" or plan.tile.GROUP > 1 or plan.itemsize == 8
+    most = RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES
     return plan.path == "single" and plan.tile.ONCE and size <= most
 
 

@@ -11,7 +11,7 @@ from tritonbn.dispatch import EACH, Call
 from tritonbn.launch import Planned, Saved
 from tritonbn.pair_launch import Gradients, Kept, Norm
 from tritonbn.plan import Operation
-from tritonbn.planning import pair_plan_for
+from tritonbn.planning import pair_pays, pair_plan_for
 from tritonbn.tables import epoch
 
 
@@ -20,15 +20,26 @@ class Pair(NamedTuple):
 
     one: Call
     other: Call
-    planned: dict[tuple[Operation, bool], tuple[int, Planned]]  # with the epoch of the plan
+    planned: dict[tuple[Operation, bool, bool], tuple[int, Planned]]  # with the epoch of the plan
+    paying: dict[bool, tuple[int, bool]]  # likewise
     saved: tuple[dict[Any, Any], dict[Any, Any]]  # see `autograd.dense_saved`
 
-    def plan(self, operation: Operation, x: Tensor) -> Planned:
+    def plan(self, operation: Operation, x: Tensor, training: bool) -> Planned:
         """The plan for x, dense, and what such calls launched."""
-        key = operation, torch.are_deterministic_algorithms_enabled()
+        key = operation, training, torch.are_deterministic_algorithms_enabled()
         now, found = epoch(), self.planned.get(key)
         if found is None or found[0] != now:
-            found = self.planned[key] = now, Planned(pair_plan_for(operation, x), {})
+            found = self.planned[key] = now, Planned(pair_plan_for(operation, x, training), {})
+        return found[1]
+
+    def pays(self, x: Tensor, training: bool) -> bool:
+        """Whether one pass moves less than two operations for x, of any strides; with given statistics it does."""
+        if not training:
+            return True
+        key = torch.are_deterministic_algorithms_enabled()
+        now, found = epoch(), self.paying.get(key)
+        if found is None or found[0] != now:
+            found = self.paying[key] = now, pair_pays(x)
         return found[1]
 
     @property
@@ -46,9 +57,9 @@ def recognize(one: Call, other: Call) -> Pair | None:
         return None
     found = one.pairs.get(id(other))
     if found is None:
-        found = Pair(one, other, {}, ({}, {}))  # holds the other's record, so that its id remains its own
+        found = Pair(one, other, {}, {}, ({}, {}))  # holds the other's record, so that its id remains its own
         handles.put(one.pairs, id(other), found, EACH)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def add(norm: Norm, other: Norm, training: bool, activation: Activation, pair: Pair) -> Tensor:
@@ -68,7 +79,7 @@ def forward(
     """(y, bits, mean, rstd, other_mean, other_rstd) of dense tensors; vectors of any strides."""
     one, two = norm, other
     if not pair.dense:
-        one, two = (n._replace(**{v: autograd._contiguous(getattr(n, v)) for v in _VECTORS}) for n in (norm, other))
+        one, two = _contiguous(norm), _contiguous(other)
     if not training:
         return pair_launch.inference(one, two, activation, keep_bits, keep, pair.plan)
     results = pair_launch.forward(one, two, activation, keep_bits, pair.plan)
@@ -78,7 +89,10 @@ def forward(
     return results
 
 
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
+def _contiguous(norm: Norm) -> Norm:
+    """With vectors without gaps."""
+    weight, bias, mean, var = map(autograd._contiguous, norm[1:5])
+    return norm._replace(weight=weight, bias=bias, running_mean=mean, running_var=var)
 
 
 def backward(
@@ -221,4 +235,3 @@ def _second(
     o, u = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(o, wanted, u, create_graph=create_graph, allow_unused=True))
     return tuple(next(found) if need and v is not None else None for v, need in zip(views, needed, strict=True))
-

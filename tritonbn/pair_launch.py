@@ -24,7 +24,7 @@ from tritonbn.launch import Planned
 from tritonbn.plan import Operation
 from tritonbn.planning import memory_format_of, pair_plan_for
 
-Plans = Callable[[Operation, Tensor], Planned]
+Plans = Callable[[Operation, Tensor, bool], Planned]
 
 
 class Norm(NamedTuple):
@@ -65,9 +65,9 @@ class Gradients(NamedTuple):
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def planned(operation: Operation, x: Tensor) -> Planned:
+def planned(operation: Operation, x: Tensor, training: bool) -> Planned:
     """The plan of a call that no record is at hand for."""
-    return Planned(pair_plan_for(operation, x), {})
+    return Planned(pair_plan_for(operation, x, training), {})
 
 
 def forward(
@@ -75,7 +75,7 @@ def forward(
 ) -> Results:
     """With statistics of the batch; the running ones and the counters of both are updated in place."""
     x = norm.x
-    plan, launches = plans("forward", x)
+    plan, launches = plans("forward", x, True)
     y, bits = launch._output(x, plan, keep_bits)
     (mean, rstd), (other_mean, other_rstd) = (launch._vectors(x, one.running_mean) for one in (norm, other))
     if plan.launches == 1:
@@ -94,7 +94,7 @@ def forward(
             *plan.sizes, plan.reduce_tiles, one.eps, one.momentum or 0.0,
             launches=launches, which=which, CUMULATIVE=one.momentum is None, BLOCK_P=plan.merge_block,
         )  # fmt: skip
-    plan, launches = plans("inference", x)
+    plan, launches = plans("inference", x, True)
     launch._launch(
         pair_normalize_kernel, (plan.groups, plan.apply_splits), plan,
         x, other.x, mean, rstd, norm.weight, norm.bias, other_mean, other_rstd, other.weight, other.bias, y, bits,
@@ -113,7 +113,7 @@ def inference(
 ) -> Results:
     """With given statistics; means and rstds as the backward needs them if `keep`, else None."""
     x = norm.x
-    plan, launches = plans("inference", x)
+    plan, launches = plans("inference", x, False)
     y, bits = launch._output(x, plan, keep_bits)
     vectors = [v for one in (norm, other) for v in (launch._vectors(x, one.running_mean) if keep else (None, None))]
     launch._launch(
@@ -138,7 +138,7 @@ def backward(
     plans: Plans = planned,
 ) -> Gradients:
     """The gradients that are wanted: two launches at most, one where statistics were given (not `training`)."""
-    plan, launches = plans("backward", dy)
+    plan, launches = plans("backward", dy, training)
     launch._check_bits(bits, plan)
     gradients = _gradients(dy, parameter_dtypes, wanted)
     dx, dweight, dbias, dother, other_dweight, other_dbias = gradients
@@ -147,7 +147,7 @@ def backward(
     both_passes = training and (dx is not None or dother is not None)
     tensors = dy, norm.x, other.x, bits
     common: dict[str, Any] = {"launches": launches, "which": (wanted, training), "ACT": activation}
-    if plan.launches == 1 and training:
+    if plan.launches == 1:
         launch._launch(
             pair_backward_kernel, (plan.groups,), plan,
             *tensors, *vectors, dx, dother, *parameters, *plan.sizes, **common,
@@ -192,4 +192,3 @@ def _gradients(x: Tensor, dtypes: tuple[torch.dtype, torch.dtype], wanted: tuple
         found.append(torch.empty_like(x, memory_format=memory_format_of(x)) if want[0] else None)
         found += [torch.empty(x.shape[1], dtype=dtype, device=x.device) if w else None for w in want[1:]]
     return Gradients(*found)
-

@@ -83,17 +83,19 @@ def make_pair_plan(
     shape: tuple[int, int, int],
     itemsize: int,
     device: Device = H200,
+    training: bool = True,
     tuned: bool = True,
 ) -> Plan:
     """The plan for the sum of two batch norms of such tensors, see `kernels/pair.py`.
 
-    Of path single where one tile of each tensor is a program's share, and of path split else. The backward's tiles are
-    those of a costly one: three tensors are read. Statistics, which read one, take plans that were measured.
+    Of path single where one tile of each tensor is a program's share and it needs that twice (`training`), and of path
+    split else. The backward's tiles are those of a costly one: three tensors are read. Statistics, which read one, take
+    plans that were measured.
     """
     if not tuned and device.measured is not None:
         device = replace(device, measured=None)
     problem = Problem(operation, layout, shape, itemsize, operation == "backward")
-    return _make_pair_plan(problem, replace(device, cooperative=False), _forced, tuned, tables.written())
+    return _make_pair_plan(problem, replace(device, cooperative=False), training, _forced, tuned, tables.written())
 
 
 def independent(problem: Problem, device: Device) -> Plan:
@@ -108,10 +110,12 @@ def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, wr
 
 
 @lru_cache(maxsize=4096)
-def _make_pair_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, written: int) -> Plan:
+def _make_pair_plan(
+    problem: Problem, device: Device, training: bool, force: _Forced, tuned: bool, written: int
+) -> Plan:
     path = force.path if force.choice is None else force.choice.path
-    if problem.operation != "inference" and path in (None, "single"):
-        plan = model.best(problem, device, path, None if path else force.splits)
+    if training and problem.operation != "inference" and path in (None, "single"):
+        plan = model.best(problem, device, path, force.splits if path is None else None)
         if model.holds_pair(plan):
             return plan
     if force.choice is not None and path == "split":

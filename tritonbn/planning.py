@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tritonbn import calibration, private, tables
+from tritonbn import calibration, private, tables, traffic
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device, described
 from tritonbn.plan import make_pair_plan, make_plan
@@ -32,10 +32,18 @@ def plan_for(operation: Operation, x: Tensor, costly: bool = False, device: torc
     return make_plan(*problem_of(operation, x, costly)[:4], device_of(where), costly, tuned)
 
 
-def pair_plan_for(operation: Operation, x: Tensor) -> Plan:
+def pair_plan_for(operation: Operation, x: Tensor, training: bool = True) -> Plan:
     """The plan of `operation` for the sum of two batch norms of tensors like dense x, see `make_pair_plan`."""
     tuned = x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
-    return make_pair_plan(*problem_of(operation, x)[:4], device_of(x.device), tuned)
+    return make_pair_plan(*problem_of(operation, x)[:4], device_of(x.device), training, tuned)
+
+
+def pair_pays(x: Tensor) -> bool:
+    """Whether less is moved where two batch norms of tensors like x are computed together, in training."""
+    operations: tuple[Operation, Operation] = "forward", "backward"
+    forward, backward = (pair_plan_for(operation, x) for operation in operations)
+    alone, gradients = (plan_for(operation, x) for operation in operations)
+    return traffic.pair_pays((forward, backward), (alone, gradients))
 
 
 def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:

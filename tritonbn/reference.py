@@ -97,19 +97,18 @@ def pair_gradients(
     activation: Activation,
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, weight, bias) of both batch norms of activation(BN(one) + BN(other)); as `gradients`."""
-    x = one[0]
-    assert x is not None
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    # Their dtypes, a weight's for a bias: rounded once, at the end.
-    dtypes = [t for x, w, b in (one, other) for t in (x, *[next(t for t in (w, b, x) if t is not None)] * 2)]
+    dtype = torch.promote_types(dy.dtype, torch.float32)
     (x, w, b), (z, v, a) = ([t if t is None else t.to(dtype) for t in norm] for norm in (one, other))
     assert x is not None
     assert z is not None
-    normalized = _normalized(z, statistics[1], eps[1])
-    residual = _before_activation(normalized, v, a, None)
+    residual = _before_activation(_normalized(z, statistics[1], eps[1]), v, a, None)
     dx, dw, db, dz = gradients(dy.to(dtype), x, w, b, residual, statistics[0], eps[0], activation)
-    found = dx, dw, db, *gradients(dz, z, v, a, None, statistics[1], eps[1], IDENTITY)[:3]
-    return tuple(g.to(t.dtype) for g, t in zip(found, dtypes, strict=True))
+    found = (dx, dw, db), gradients(dz, z, v, a, None, statistics[1], eps[1], IDENTITY)[:3]
+    rounded: list[Tensor] = []
+    for (_, weight, bias), (gx, gw, gb) in zip((one, other), found, strict=True):
+        parameter = next((t.dtype for t in (weight, bias) if t is not None), dy.dtype)
+        rounded += [gx.to(dy.dtype), gw.to(parameter), gb.to(parameter)]
+    return tuple(rounded)
 
 
 def _normalized(x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:

@@ -145,7 +145,6 @@ class _Fusion:
             alone = [why for above, why in self.refused.items() if _is_caller(above, name)][-1:]
         return ", ".join(dict.fromkeys(fused)), ", ".join(dict.fromkeys(alone))
 
-
     def other(self, norm: _BatchNorm) -> str:
         """The batch norms that it is computed with in one pass."""
         uses = [use for use in self.uses.get(norm, []) if use.other is not None and _runs(use)]

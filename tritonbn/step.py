@@ -56,6 +56,7 @@ class Late:
         self.x: Tensor | None = x
         self.residual: Tensor | None = None
         self.other: tuple[TritonBatchNorm, Tensor] | None = None  # another batch norm, and its input
+        self.value: Any = None
 
     @property
     def added(self) -> bool:
@@ -78,13 +79,13 @@ class Late:
         assert self.norm is not None
         assert self.x is not None
         taken = self.norm, self.x
-        self.norm = self.x = self.value = None
+        self.norm = self.x = None
         return taken
 
     def settle(self) -> None:
         """Compute it in its place; who needs it will come."""
         if self.norm is not None:
-            self.value: Any = self.compute()
+            self.value = self.compute()
 
 
 def remember(made: Callable[..., Any], function: Any, *inner: Any) -> None:
