@@ -147,6 +147,8 @@ def backward(
     both_passes = training and (dx is not None or dother is not None)
     tensors = dy, norm.x, other.x, bits
     common: dict[str, Any] = {"launches": launches, "which": (wanted, training), "ACT": activation}
+    if not any(wanted):
+        return gradients
     if plan.launches == 1:
         launch._launch(
             pair_backward_kernel, (plan.groups,), plan,
@@ -164,8 +166,6 @@ def backward(
         )  # fmt: skip
         if not both_passes:
             return gradients
-    elif dx is None and dother is None:
-        return gradients
     if not both_passes and (bits is not None or activation == IDENTITY):
         tensors = dy, None, None, bits  # type: ignore[assignment]
     launch._launch(
