@@ -65,7 +65,7 @@ def run(
     numbers = {"eps": EPS, "other_eps": OTHER_EPS, "momentum": MOMENTUM, "other_momentum": OTHER_MOMENTUM}
     y = function(**dict.fromkeys((*TENSORS, *STATISTICS)) | given, training=training, activation=activation,
                  **numbers | options)  # fmt: skip
-    y.backward(dy)
+    torch.autograd.backward(y, dy)
     grads = {f"d{n}": t.grad for n, t in given.items() if t.grad is not None}
     return {"y": y.detach(), **grads, **{n: given[n] for n in STATISTICS if n in given}}
 
@@ -203,14 +203,14 @@ def test_any_subset_of_gradients(name: str, path: Any, training: bool, device: t
 @in_both_modes
 @pytest.mark.parametrize("name", ["relu", "silu", "identity"])
 def test_gradients_of_both_orders(name: str, training: bool, device: torch.device) -> None:
-    tensors = drawn(Layout((3, 2, 2, 2)), device, torch.float64, seed=3)
+    tensors: dict[str, Any] = drawn(Layout((3, 2, 2, 2)), device, torch.float64, seed=3)
     leaves = [tensors[n].requires_grad_() for n in TENSORS]
     fixed = {n: tensors[n] for n in STATISTICS}
 
     def function(*given: Tensor) -> Tensor:
         copies: dict[str, Any] = {n: t.clone() for n, t in fixed.items()}
-        return batch_norm_add(**dict(zip(TENSORS, given, strict=True)), **copies, training=training, eps=1e-2,
-                              activation=name)  # fmt: skip
+        leaves: dict[str, Any] = dict(zip(TENSORS, given, strict=True))
+        return batch_norm_add(**leaves, **copies, training=training, eps=1e-2, activation=name)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)

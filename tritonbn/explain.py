@@ -62,7 +62,8 @@ def _plans_of_both(layer: Layer) -> list[str]:
     """Of forward and backward in one pass with another batch norm, followed by ReLU; or apart."""
     layer.check()
     device, x = _where(layer), layer.empty(META)
-    if layer.why or not fits(*x.shape[:2], prod(x.shape[2:])) or not pair_pays(x, device):
+    N, C = layer.shape[:2]
+    if layer.why or not fits(N, C, prod(layer.shape[2:])) or not pair_pays(x, device):
         return ["in training apart:", *_plans(layer)]
     lines = []
     for operation, split in (("forward", 3), ("backward", 2)):
