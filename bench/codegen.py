@@ -132,7 +132,7 @@ def record(
         launch.inference(x, residual, w, b, mean, var, 1e-5, activation, keep_bits, keep=True)
         backward(False, True, True, True)
         backward(False, True, False, False)
-        if epilogue.residual:
+        if epilogue.residual or epilogue == PLAIN:
             pairs(x, pair_launch.Norm(x, w, b, mean, var, counter, 0.1, 1e-5), activation)
     yield from dict.fromkeys(calls)
 

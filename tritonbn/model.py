@@ -146,13 +146,21 @@ def _resident(problem: Problem) -> Choice | None:
     return Choice("single", block_r, block_l, num_warps)
 
 
-def holds_pair(plan: Plan) -> bool:
-    """Whether a program of a plan keeps its share of two tensors, and in the backward of dy, in registers."""
-    size = plan.tile.BLOCK_R * plan.tile.BLOCK_L * plan.itemsize
+def best_pair(problem: Problem, device: Device, path: Path | None, splits: int | None, training: bool) -> Plan:
+    """The plan for the sum of two batch norms: single if a program keeps its share of all tensors, else split.
+
+    path: if it is to be single or split; single only with statistics of the batch (`training`), where it can.
+    """
+    split = best(problem, device, "split", None if path == "single" else splits)
+    if path == "split" or not training or problem.operation == "inference" or (choice := _resident(problem)) is None:
+        return split
+    plan = build(problem, choice)
     # More spills: of three tensors, and where a thread holds the values of several channels.
-    narrow = plan.operation == "backward" or plan.tile.GROUP > 1 or plan.itemsize == 8
+    narrow = problem.operation == "backward" or plan.tile.GROUP > 1 or problem.itemsize == 8
     most = RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES
-    return plan.path == "single" and plan.tile.ONCE and size <= most
+    holds = plan.tile.BLOCK_R * plan.tile.BLOCK_L * problem.itemsize <= most
+    pays = path == "single" or seconds(plan, problem, device) <= seconds(split, problem, device)
+    return plan if holds and pays else split
 
 
 def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[tuple[float, Choice]]:

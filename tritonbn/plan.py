@@ -114,18 +114,16 @@ def _make_pair_plan(
     problem: Problem, device: Device, training: bool, force: _Forced, tuned: bool, written: int
 ) -> Plan:
     path = force.path if force.choice is None else force.choice.path
-    if training and problem.operation != "inference" and path in (None, "single"):
-        plan = model.best(problem, device, path, force.splits if path is None else None)
-        if model.holds_pair(plan):
-            return plan
+    path = path if path in ("single", "split") else None
     if force.choice is not None and path == "split":
         return model.check(build(problem, force.choice), device)
-    if force == _Forced() and tuned and problem.operation == "forward":
+    plan = model.best_pair(problem, device, path, force.splits, training)
+    if plan.path == "split" and force == _Forced() and tuned and problem.operation == "forward":
         for choice, _ in tables.find(problem, device):
             if choice.path == "split":
                 with suppress(ValueError):
                     return model.check(build(problem, choice), device)
-    return model.best(problem, device, "split", force.splits)
+    return plan
 
 
 def _estimate(problem: Problem, device: Device, source: str, plan: Plan) -> Estimate:
