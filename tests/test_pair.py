@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import tritonbn
-from bench.networks.resnet import resnet18
+from bench.networks.resnet import resnet18, resnet50
 from tests import cases
 from tests.cases import Layout
 from tests.closeness import Distance, assert_as_good_as_torch, distance, wide
@@ -510,16 +510,34 @@ def test_explain_says_so(device: torch.device) -> None:
     assert "downsample.1: in the same pass as bn2" in text
 
 
-def test_networks_compute_their_shortcuts_in_the_same_pass(device: torch.device) -> None:
+@contextmanager
+def launch_elsewhere() -> Iterator[None]:
+    """Torch computes: whole networks take long in the interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "INTERPRETED", False)
+        yield
+
+
+def test_networks_compute_their_shortcuts_in_the_same_pass() -> None:
     model = resnet18(width=4, classes=5).double()
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    assert pairs_of(converted(model), x) == 3
+    with launch_elsewhere():
+        assert pairs_of(converted(model), x) == 3
+        assert pairs_of(converted(resnet50(width=4, classes=5)), x.float()) == 4
+
+
+@pytest.mark.parametrize(("name", "shortcuts"), [("resnet18", 3), ("resnet50", 4)])
+def test_torchvision_networks(name: str, shortcuts: int) -> None:
     models = pytest.importorskip("torchvision.models")
-    for name, shortcuts in (("resnet18", 3), ("resnet50", 4)):
-        network = getattr(models, name)(weights=None)
-        assert pairs_of(converted(network).eval(), torch.rand(1, 3, 64, 64)) == shortcuts
+    with launch_elsewhere():
+        assert pairs_of(converted(getattr(models, name)(weights=None)).eval(), torch.rand(1, 3, 64, 64)) == shortcuts
+
+
+@pytest.mark.parametrize(("name", "shortcuts"), [("resnet18", 3), ("resnet50", 4)])
+def test_timm_networks(name: str, shortcuts: int) -> None:
     timm = pytest.importorskip("timm")
-    assert pairs_of(converted(timm.create_model("resnet18")).eval(), torch.rand(1, 3, 64, 64)) == 3
+    with launch_elsewhere():
+        assert pairs_of(converted(timm.create_model(name)).eval(), torch.rand(1, 3, 64, 64)) == shortcuts
 
 
 def hook(*_: Any) -> None:

@@ -257,7 +257,11 @@ class Walk(Interpreter):
             return self.finished(self.value(e.args[0], frame), vars(e)["why"])
         if helper == "add":
             how = e.args[0].value if isinstance(e.args[0], ast.Constant) else ""
-            return self.added(self.value(e.args[1], frame), self.value(e.args[2], frame), how in ("+=", "add_"))
+            left, right = self.value(e.args[1], frame), self.value(e.args[2], frame)
+            first = e.args[1].target if isinstance(e.args[1], ast.NamedExpr) else e.args[1]
+            if isinstance(first, ast.Name):  # it may have been computed while the right one was evaluated
+                left = frame.name(first.id)
+            return self.added(left, right, how in ("+=", "add_"))
         follows = (
             isinstance(e.func, ast.Call) and isinstance(e.func.func, ast.Name) and e.func.func.id == "tritonbn_follow"
         )
