@@ -648,6 +648,19 @@ def three_of_them(self: Any, x: Tensor) -> Any:
     return F.relu(y + self.more(x))
 
 
+@pattern("", "add + relu")
+def the_other_operand_can_tell(self: Any, x: Tensor) -> Any:
+    return F.relu(self.bn(self.conv(x)) + self.tells(x))
+
+
+@pattern("", "add", "add")
+def in_a_loop(self: Any, x: Tensor) -> Any:
+    y = self.bn(self.conv(x))
+    for part in self.parts:
+        y += part(x)
+    return y
+
+
 @pattern("", "")
 def of_other_shapes(self: Any, x: Tensor) -> Any:
     y = self.bn(self.conv(x))
@@ -660,14 +673,27 @@ def multiplied(self: Any, x: Tensor) -> Any:
     return y * self.bn2(self.conv2(x))
 
 
+class Tells(nn.Module):
+    """A module that may look at anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            print(end="")
+        return x * 1.5
+
+
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_that_add_batch_norms(name: str) -> None:
     forward, expected = FORWARDS[name]
-    more = {"more": nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))} if name == "three_of_them" else {}
-    model = net(forward, **more)
+    bodies = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3)]
+    tells = nn.Sequential(Tells(), bodies[1])
+    model = net(forward, more=bodies[0], tells=tells, parts=nn.ModuleList([nn.Sequential(Tells(), bodies[2])] * 2))
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     ours = tritonbn.convert(copy.deepcopy(model), fuse=True)
     assert sorted(fused_in(ours, x)) == sorted(expected)
+    rows = tritonbn.report(ours).rows
+    if name != "of_other_shapes":  # which code does not tell
+        assert {steps for row in rows for steps in row.fused.split(", ") if steps} == {*filter(None, expected)}
     leaves = [torch.utils._pytree.tree_leaves(m(x)) for m in (ours, model)]
     torch.testing.assert_close(*leaves, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.state_dict(), model.state_dict())

@@ -157,9 +157,8 @@ class Walk(Interpreter):
             self.note(value, activation, f"its output goes to {activation}", *module)
         return UNKNOWN
 
-    def added(self, left: Values, right: Values, in_place: bool) -> Values:
-        """`step.add`."""
-        owned = [value for value in left if isinstance(value, Waiting)]
+    def added(self, left: Values, right: Values, in_place: bool, owned: list[Waiting]) -> Values:
+        """`step.add`; owned: what the left one was, if it came late."""
         if any(isinstance(value, Waiting) for value in right):
             if in_place and not owned:
                 return self.finished(right, "an add in place changes the other operand")
@@ -257,11 +256,12 @@ class Walk(Interpreter):
             return self.finished(self.value(e.args[0], frame), vars(e)["why"])
         if helper == "add":
             how = e.args[0].value if isinstance(e.args[0], ast.Constant) else ""
-            left, right = self.value(e.args[1], frame), self.value(e.args[2], frame)
+            came, right = self.value(e.args[1], frame), self.value(e.args[2], frame)
             first = e.args[1].target if isinstance(e.args[1], ast.NamedExpr) else e.args[1]
-            if isinstance(first, ast.Name):  # it may have been computed while the right one was evaluated
-                left = frame.name(first.id)
-            return self.added(left, right, how in ("+=", "add_"))
+            # It may have been computed while the right one was evaluated.
+            left = frame.name(first.id) if isinstance(first, ast.Name) else came
+            owned = [value for value in came if isinstance(value, Waiting)]
+            return self.added(left, right, how in ("+=", "add_"), owned)
         follows = (
             isinstance(e.func, ast.Call) and isinstance(e.func.func, ast.Name) and e.func.func.id == "tritonbn_follow"
         )
