@@ -26,7 +26,7 @@ from bench.main_loops import GPUS, SMS, Busy
 from bench.mnist import positive
 from bench.shapes import shape as sizes_of
 from bench.shapes import shapes_of
-from tritonbn import handles, launch
+from tritonbn import handles, launch, pair_launch
 from tritonbn.activations import IDENTITY, NAMES, Activation, resolve
 from tritonbn.autograd import keeps_bits
 from tritonbn.device import Device
@@ -136,7 +136,27 @@ def record(
         launch.inference(x, residual, w, b, mean, var, 1e-5, activation, keep_bits, keep=True)
         backward(False, True, True, True)
         backward(False, True, False, False)
+        if epilogue.residual or epilogue == PLAIN:
+            pairs(x, pair_launch.Norm(x, w, b, mean, var, counter, 0.1, 1e-5), activation)
     yield from dict.fromkeys(calls)
+
+
+def pairs(x: torch.Tensor, norm: pair_launch.Norm, activation: Activation) -> None:
+    """Launch the sum of two batch norms, which is added where a residual would be."""
+    needs_z = activation != IDENTITY and not activation.two_valued
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    kept = pair_launch.Kept(x, norm.weight, norm.bias if needs_z else None, norm.running_mean, norm.running_var)
+    dtypes = (norm.running_mean.dtype,) * 2
+    paths: tuple[PlanPath, PlanPath] = "single", "split"
+    for path in paths:
+        with forced(path), suppress(ValueError):
+            _, bits, *_ = pair_launch.forward(norm, norm, activation, activation.two_valued)
+        with forced(path), suppress(ValueError):
+            pair_launch.backward(x, kept, kept, bits, True, activation, dtypes, (True,) * 6)
+    pair_launch.inference(norm, norm, activation, activation.two_valued, keep=True)
+    for wanted in ((True,) * 6, (True, False, False) * 2):
+        pair_launch.backward(x, kept, kept, bits, False, activation, dtypes, wanted)
 
 
 @contextmanager
@@ -190,7 +210,8 @@ def compile_for(recorded: Launch, target: str) -> tuple[dict[str, int | None], l
 
 
 def _kernels() -> dict[str, Any]:
-    return {name: value for name, value in vars(launch).items() if name.endswith("_kernel")}
+    here = vars(launch) | vars(pair_launch)
+    return {name: value for name, value in here.items() if name.endswith("_kernel")}
 
 
 def rows(chosen: list[Case], gpus: dict[str, Device | None], workers: int) -> Iterator[dict[str, Any]]:

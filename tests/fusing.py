@@ -84,9 +84,9 @@ def converted(model: nn.Module) -> Any:
 
 @contextmanager
 def fusions() -> Iterator[list[str]]:
-    """What each batch norm run within was fused with: "", "relu", "add", "add + relu"."""
+    """What each batch norm run within was fused with: "", "relu", "add", "add + relu"; twice where two are added."""
     seen: list[str] = []
-    real = functional.normalize
+    real, both = functional.normalize, functional.normalize_add
 
     def note(*args: Any) -> Tensor:
         activation, residual, _ = args[-3:]
@@ -94,11 +94,16 @@ def fusions() -> Iterator[list[str]]:
         seen.append(" + ".join(["add"] * (residual is not None) + [name] * (name != "identity")))
         return real(*args)
 
-    functional.normalize = note  # type: ignore[assignment]
+    def note_both(*args: Any) -> Tensor:
+        name = str(args[-1])
+        seen.extend([" + ".join(["add"] + [name] * (name != "identity"))] * 2)
+        return both(*args)
+
+    functional.normalize, functional.normalize_add = note, note_both  # type: ignore[assignment]
     try:
         yield seen
     finally:
-        functional.normalize = real
+        functional.normalize, functional.normalize_add = real, both
 
 
 def fused_in(model: nn.Module, *inputs: Any, **named: Any) -> list[str]:

@@ -97,7 +97,8 @@ def test_saved_tensors_that_hooks_laid_out_anew(
 def test_bits_that_a_hook_put_at_an_odd_address(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read words of them: they are moved to where words may be."""
     x, r = (random(4, 64, seed=seed).to(device).requires_grad_() for seed in (0, 1))
-    start, given = launch._launch, []
+    start = launch._launch
+    given: list[Tensor] = []
 
     def note(kernel: Any, grid: Any, plan: Any, *args: Any, **rest: Any) -> None:
         given.extend(t for t in args if isinstance(t, Tensor) and t.dtype == torch.uint8)

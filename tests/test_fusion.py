@@ -111,7 +111,7 @@ def test_fused_network_trains_on_the_kernels(device: torch.device) -> None:
         with recorded() as kernels:
             torch.testing.assert_close(train(model, device, 2), exact_losses, rtol=1e-4, atol=1e-5)
         counts.append(len(kernels))
-    assert counts[0] == counts[1] > 0, "no kernel more than batch norm alone"
+    assert 0 < counts[0] < counts[1], "no kernel more than batch norm alone, and fewer where two are added"
     x = random(2, 3, 8, 8).to(device, torch.float32)
     assert "ReluBackward0" in operations(unfused(x))
     assert not {"ReluBackward0", "AddBackward0"} & operations(ours(x))

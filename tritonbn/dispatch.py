@@ -41,6 +41,7 @@ class Call(NamedTuple):
     parameter_dtype: torch.dtype  # of the gradients of weight and bias
     planned: dict[tuple[Operation, bool, bool], tuple[int, Planned]]  # with the epoch of the plan
     saved: dict[Any, Any]  # what recognizes the tensors of a backward that are dense, see `autograd.dense_saved`
+    pairs: dict[int, Any]  # of calls whose result is added to that of another one, by the id of its record
 
     def plan(self, operation: Operation, x: Tensor, costly: bool = False) -> Planned:
         """The plan for x, dense, and what such calls launched; costly: see `make_plan`."""
@@ -53,7 +54,7 @@ class Call(NamedTuple):
 
 def torchs(reason: str) -> Call:
     """The record of a call that torch computes."""
-    return Call(reason, False, False, torch.contiguous_format, torch.float32, {}, {})
+    return Call(reason, False, False, torch.contiguous_format, torch.float32, {}, {}, {})
 
 
 # Of tensors in compiled code, which say no more.
@@ -117,6 +118,7 @@ def _look(tensors: Tensors, training: bool) -> Call:
         and all(v is None or v.is_contiguous() for v in tensors[1:5]),
         memory_format,
         parameter_dtype(x, weight, bias),
+        {},
         {},
         {},
     )
@@ -194,18 +196,19 @@ def _vectors_fit(x: Tensor, C: int, *vectors: Tensor | None) -> bool:
     )
 
 
-def check_residual(input: Tensor | None, residual: Tensor | None) -> None:
-    """Raise what `batch_norm` raises for a residual that does not go with the input."""
-    if residual is None:
+def check_residual(input: Tensor | None, residual: Tensor | None, name: str = "residual") -> None:
+    """Raise what `batch_norm` raises for a residual that does not go with the input; name: of the argument."""
+    if residual is None and name == "residual":
         return
     if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a Tensor or None, but got {type(residual).__name__}")
+        none = " or None" if name == "residual" else ""
+        raise TypeError(f"{name} must be a Tensor{none}, but got {type(residual).__name__}")
     if not isinstance(input, Tensor):
         return
     for what in ("shape", "dtype", "device"):
         expected, got = getattr(input, what), getattr(residual, what)
         if expected != got:
-            raise ValueError(f"residual should have the {what} of the input, {expected}, but got {got}")
+            raise ValueError(f"{name} should have the {what} of the input, {expected}, but got {got}")
 
 
 def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:

@@ -156,7 +156,7 @@ def backward(
     x, weight, bias, residual, bits, mean, rstd = saved
     costly = costs(activation, bits)
     plan, launches = _planned(planned, "backward", x, costly)
-    bits = _checked_bits(bits, plan)
+    bits = checked_bits(bits, plan)
     gradients = dx, dweight, dbias, dresidual = _gradients(x, parameter_dtype, wanted)
     vectors = mean, rstd, weight, bias
     outputs = dx, dresidual, dweight, dbias
@@ -206,7 +206,7 @@ def backward(
     return gradients
 
 
-def _checked_bits(bits: Tensor | None, plan: Plan) -> Tensor | None:
+def checked_bits(bits: Tensor | None, plan: Plan) -> Tensor | None:
     """The bits, at an address that words can be read from. Raises RuntimeError for bits of another tensor."""
     if bits is not None and bits.numel() != plan.bit_bytes:
         raise RuntimeError(f"expected {plan.bit_bytes} bytes of bits for {list(plan.shape)}, got {bits.numel()}")

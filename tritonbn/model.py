@@ -138,6 +138,23 @@ def _resident(problem: Problem) -> Choice | None:
     return Choice("single", block_r, block_l, num_warps)
 
 
+def best_pair(problem: Problem, device: Device, path: Path | None, splits: int | None, training: bool) -> Plan:
+    """The plan for the sum of two batch norms: single if a program keeps its share of all tensors, else split.
+
+    path: if it is to be single or split; single only with statistics of the batch (`training`), where it can.
+    """
+    split = best(problem, device, "split", None if path == "single" else splits)
+    if path == "split" or not training or problem.operation == "inference" or (choice := _resident(problem)) is None:
+        return split
+    plan = build(problem, choice)
+    # More spills: of three tensors, and where a thread holds the values of several channels.
+    narrow = problem.operation == "backward" or plan.tile.GROUP > 1 or problem.itemsize == 8
+    most = RESIDENT_BYTES // 2 if narrow else RESIDENT_BYTES
+    holds = plan.tile.BLOCK_R * plan.tile.BLOCK_L * problem.itemsize <= most
+    pays = path == "single" or seconds(plan, problem, device) <= seconds(split, problem, device)
+    return plan if holds and pays else split
+
+
 def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterator[tuple[float, Choice]]:
     """All of the tensor in registers at a time; or as many channel groups as L2 holds.
 

@@ -29,6 +29,30 @@ class TritonBatchNorm(_BatchNorm):
         """activation(batch norm of input + residual) with this module's parameters, statistics, counter and mode."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
         resolved = IDENTITY if activation is None else resolve(activation)
+        mean, var, weight, bias, counter, use_batch = self._state()
+        return functional.normalize(
+            input, mean, var, weight, bias, use_batch, self.momentum, self.eps, resolved, residual, counter
+        )
+
+    def normalize_add(
+        self, input: Tensor, norm: "TritonBatchNorm", other: Tensor, activation: ActivationLike | None = None
+    ) -> Tensor:
+        """activation(batch norm of input + norm's batch norm of other), in one operation where both are in one mode."""
+        for module, x in ((self, input), (norm, other)):
+            module._check_input_dim(x)  # type: ignore[no-untyped-call]  # torch's
+        resolved = IDENTITY if activation is None else resolve(activation)
+        mean, var, weight, bias, counter, use_batch = self._state()
+        other_mean, other_var, other_weight, other_bias, other_counter, other_use_batch = norm._state()
+        if use_batch != other_use_batch:
+            return self.normalize(input, resolved, norm.normalize(other))
+        return functional.normalize_add(
+            (input, mean, var, weight, bias, None, counter),
+            (other, other_mean, other_var, other_weight, other_bias, None, other_counter),
+            use_batch, (self.momentum, norm.momentum), (self.eps, norm.eps), resolved,
+        )  # fmt: skip
+
+    def _state(self) -> tuple[Any, Any, Any, Any, Any, bool]:
+        """(running_mean, running_var, weight, bias, counter, whether to use the batch's statistics) of a call now."""
         try:  # attributes of modules are slow
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             mean, var = self._buffers["running_mean"], self._buffers["running_var"]
@@ -42,9 +66,7 @@ class TritonBatchNorm(_BatchNorm):
             counter = None
         elif not self.track_running_stats:  # the function would update what is not tracked
             mean = var = counter = None
-        return functional.normalize(
-            input, mean, var, weight, bias, use_batch, self.momentum, self.eps, resolved, residual, counter
-        )
+        return mean, var, weight, bias, counter, use_batch
 
 
 def leaf_node(module: nn.Module, *inputs: object) -> Tensor | None:

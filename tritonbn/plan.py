@@ -3,6 +3,7 @@
 Pure Python: no tensors, no CUDA. `print(make_plan("forward", "planes", (256, 64, 3136), 2))` answers on any machine.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, get_args
@@ -12,7 +13,7 @@ from tritonbn.choice import GRID_LIMIT, Choice, Estimate, Layout, Operation, Pat
 from tritonbn.device import H200, Device
 from tritonbn.traffic import Operands, bytes_moved, floor_bytes
 
-__all__ = ["Device", "Layout", "Operation", "Path", "Plan", "fits", "forced", "make_plan"]
+__all__ = ["Device", "Layout", "Operation", "Path", "Plan", "fits", "forced", "make_pair_plan", "make_plan"]
 
 
 class _Forced(NamedTuple):
@@ -76,6 +77,27 @@ def make_plan(
     return _make_plan(Problem(operation, layout, shape, itemsize, costly), device, _forced, tuned, tables.written())
 
 
+def make_pair_plan(
+    operation: Operation,
+    layout: Layout,
+    shape: tuple[int, int, int],
+    itemsize: int,
+    device: Device = H200,
+    training: bool = True,
+    tuned: bool = True,
+) -> Plan:
+    """The plan for the sum of two batch norms of such tensors, see `kernels/pair.py`.
+
+    Of path single where one tile of each tensor is a program's share and it needs that twice (`training`), and of path
+    split else. The backward's tiles are those of a costly one: three tensors are read. Statistics, which read one, take
+    plans that were measured.
+    """
+    if not tuned and device.measured is not None:
+        device = replace(device, measured=None)
+    problem = Problem(operation, layout, shape, itemsize, operation == "backward")
+    return _make_pair_plan(problem, replace(device, cooperative=False), training, _forced, tuned, tables.written())
+
+
 def independent(problem: Problem, device: Device) -> Plan:
     """The plan of which no program needs another one, whatever is forced or measured: it runs anywhere."""
     return model.best(problem, replace(device, cooperative=False))
@@ -85,6 +107,23 @@ def independent(problem: Problem, device: Device) -> Plan:
 def _make_plan(problem: Problem, device: Device, force: _Forced, tuned: bool, written: int) -> Plan:
     plan, source = _chosen(problem, device, force, tuned)
     return replace(plan, estimator=partial(_estimate, problem, device, source))
+
+
+@lru_cache(maxsize=4096)
+def _make_pair_plan(
+    problem: Problem, device: Device, training: bool, force: _Forced, tuned: bool, written: int
+) -> Plan:
+    path = force.path if force.choice is None else force.choice.path
+    path = path if path in ("single", "split") else None
+    if force.choice is not None and path == "split":
+        return model.check(build(problem, force.choice), device)
+    plan = model.best_pair(problem, device, path, force.splits, training)
+    if plan.path == "split" and force == _Forced() and tuned and problem.operation == "forward":
+        for choice, _ in tables.find(problem, device):
+            if choice.path == "split":
+                with suppress(ValueError):
+                    return model.check(build(problem, choice), device)
+    return plan
 
 
 def _estimate(problem: Problem, device: Device, source: str, plan: Plan) -> Estimate:

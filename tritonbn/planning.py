@@ -6,10 +6,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tritonbn import calibration, private, tables
+from tritonbn import calibration, private, tables, traffic
 from tritonbn.choice import Operation, Plan, Problem
 from tritonbn.device import Device, described
-from tritonbn.plan import make_plan
+from tritonbn.plan import make_pair_plan, make_plan
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -30,6 +30,21 @@ def plan_for(operation: Operation, x: Tensor, costly: bool = False, device: torc
     where = device or x.device
     tuned = where.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
     return make_plan(*problem_of(operation, x, costly)[:4], device_of(where), costly, tuned)
+
+
+def pair_plan_for(operation: Operation, x: Tensor, training: bool = True, device: torch.device | None = None) -> Plan:
+    """The plan of `operation` for the sum of two batch norms of tensors like x, see `make_pair_plan` and `plan_for`."""
+    where = device or x.device
+    tuned = where.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
+    return make_pair_plan(*problem_of(operation, x)[:4], device_of(where), training, tuned)
+
+
+def pair_pays(x: Tensor, device: torch.device | None = None) -> bool:
+    """Whether less is moved where two batch norms of tensors like x are computed together, in training."""
+    operations: tuple[Operation, Operation] = "forward", "backward"
+    forward, backward = (pair_plan_for(operation, x, device=device) for operation in operations)
+    alone, gradients = (plan_for(operation, x, device=device) for operation in operations)
+    return traffic.pair_pays((forward, backward), (alone, gradients))
 
 
 def problem_of(operation: Operation, x: Tensor, costly: bool = False) -> Problem:

@@ -3,6 +3,8 @@
 For readers, tests (in float64) and the second derivative; nothing here is tuned.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,38 @@ def gradients(
         n = x.numel() // x.shape[1]
         dx = dz - _per_channel(dbias / n, x) - normalized * _per_channel(dweight / n, x)
     return dx * _per_channel(scale, x), dweight, dbias, dz
+
+
+def pair_gradients(
+    dy: Tensor,
+    one: Sequence[Tensor | None],
+    other: Sequence[Tensor | None],
+    statistics: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None],
+    eps: tuple[float, float],
+    activation: Activation,
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, weight, bias) of both batch norms of activation(BN(one) + BN(other)); as `gradients`."""
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    (x, w, b), (z, v, a) = ([t if t is None else t.to(dtype) for t in norm] for norm in (one, other))
+    assert x is not None
+    assert z is not None
+    residual = _before_activation(_normalized(z, statistics[1], eps[1]), v, a, None)
+    dx, dw, db, dz = gradients(dy.to(dtype), x, w, b, residual, statistics[0], eps[0], activation)
+    found = (dx, dw, db), gradients(dz, z, v, a, None, statistics[1], eps[1], IDENTITY)[:3]
+    rounded: list[Tensor] = []
+    for (_, weight, bias), (gx, gw, gb) in zip((one, other), found, strict=True):
+        parameter = next((t.dtype for t in (weight, bias) if t is not None), dy.dtype)
+        rounded += [gx.to(dy.dtype), gw.to(parameter), gb.to(parameter)]
+    return tuple(rounded)
+
+
+def _normalized(x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+    """(x - mean) * rstd with the statistics (mean, rstd), or those of the batch."""
+    if statistics is None:
+        mean, var = batch_statistics(x)
+        statistics = mean, torch.rsqrt(var + eps)
+    mean, rstd = statistics
+    return (x - _per_channel(mean, x)) * _per_channel(rstd, x)
 
 
 def _before_activation(

@@ -40,6 +40,7 @@ class SwapRow:
     fused: str = ""  # what is computed in one operation with it: "relu", "add + relu", "add"; "" for nothing
     alone: str = ""  # why nothing is, as far as that can be told
     folds: str = ""  # in evaluation mode: the layer that `fold` folds it into, or why into none
+    other: str = ""  # the batch norm, a shortcut's, that it is added to and computed with in the same pass
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class SwapReport:
             return "no batch norm modules"
         lines = [("module", "type", "status", "fused with", "why")]
         for row in self.rows:
-            why = "; ".join(filter(None, (row.why, row.alone, row.folds)))
+            other = row.other and f"in the same pass as {row.other}"
+            why = "; ".join(filter(None, (row.why, other, row.alone, row.folds)))
             lines.append((row.name or "(the model itself)", row.type, row.status, row.fused or "-", why))
         widths = [max(len(line[column]) for line in lines) for column in range(4)] + [0]
         table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -106,7 +108,7 @@ class _Fusion:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.named_modules())
         evaluation = not any(isinstance(module, _BatchNorm) and module.training for _, module in modules)
-        names = {module: name for name, module in modules}
+        names = self.names = {module: name for name, module in modules}
         self.folds = {
             norm: f"fold() folds it into {names[to]}" if isinstance(to, nn.Module) else f"not folded: {to}"
             for norm, to in (folds(model) if evaluation else {}).items()
@@ -135,13 +137,25 @@ class _Fusion:
         for use in uses:
             if why := _hindered(use):
                 alone += [why] if why != RETURNED or all(use.why == RETURNED for use in uses) else []
-            elif kind not in TORCHS or not all(map(is_installed, use.containers)):
+            elif not _runs(use):
                 alone.append(f"convert(fuse=True) fuses {use.steps}")
             else:
                 fused.append(use.steps)
         if not uses:
             alone = [why for above, why in self.refused.items() if _is_caller(above, name)][-1:]
         return ", ".join(dict.fromkeys(fused)), ", ".join(dict.fromkeys(alone))
+
+    def other(self, norm: _BatchNorm) -> str:
+        """The batch norms that it is computed with in one pass."""
+        uses = [use for use in self.uses.get(norm, []) if use.other is not None and _runs(use)]
+        return ", ".join(dict.fromkeys(self.names[use.other] for use in uses if use.other is not None))
+
+
+def _runs(use: Use) -> bool:
+    """Whether this use of a batch norm is fused when it runs."""
+    norms = [norm for norm in (use.norm, use.other) if norm is not None]
+    ours = all(unsharded(type(norm)) in TORCHS for norm in norms)
+    return ours and not _hindered(use) and all(map(is_installed, use.containers))
 
 
 def _hindered(use: Use) -> str:
@@ -182,7 +196,8 @@ def _row(name: str, module: nn.Module, fusion: _Fusion) -> SwapRow | None:
     status, why = _status(module)
     followed = status != "left alone" or isinstance(module, WITH_RESIDUAL)
     fused, alone = fusion.of(name, module) if followed else ("", "")
-    return SwapRow(name, _full_name(kind), status, why, fused, alone, fusion.folds.get(module, ""))
+    other = fusion.other(module) if fused else ""
+    return SwapRow(name, _full_name(kind), status, why, fused, alone, fusion.folds.get(module, ""), other)
 
 
 def _status(module: _BatchNorm) -> tuple[Status, str]:

@@ -47,28 +47,45 @@ class Fused:
 
 
 class Late:
-    """The output of a batch norm of x, plus a residual if there is one, that is computed when somebody needs it."""
+    """The output of a batch norm of x, plus what is added to it if there is that, computed when somebody needs it."""
 
-    __slots__ = ("norm", "residual", "value", "x")
+    __slots__ = ("norm", "other", "residual", "value", "x")
 
     def __init__(self, norm: TritonBatchNorm, x: Tensor) -> None:
         self.norm: TritonBatchNorm | None = norm  # None once it was computed
         self.x: Tensor | None = x
         self.residual: Tensor | None = None
+        self.other: tuple[TritonBatchNorm, Tensor] | None = None  # another batch norm, and its input
+        self.value: Any = None
+
+    @property
+    def added(self) -> bool:
+        """Whether something is added to it already."""
+        return self.residual is not None or self.other is not None
 
     def compute(self, activation: Activation = IDENTITY) -> Any:
-        """activation(norm(x) + residual), for the only one who needs it. Raises what the module raises."""
-        norm, x, residual = self.norm, self.x, self.residual
+        """activation(norm(x) + what is added), for the only one who needs it. Raises what the module raises."""
+        norm, x, residual, other = self.norm, self.x, self.residual, self.other
         if norm is None:
             return self.value
         assert x is not None
-        self.norm = self.x = self.residual = None
+        self.norm = self.x = self.residual = self.other = None
+        if other is not None:
+            return norm.normalize_add(x, *other, activation)
         return norm.normalize(x, activation, residual)
+
+    def take(self) -> tuple[TritonBatchNorm, Tensor]:
+        """The batch norm and its input, for who computes it in this one's place."""
+        assert self.norm is not None
+        assert self.x is not None
+        taken = self.norm, self.x
+        self.norm = self.x = None
+        return taken
 
     def settle(self) -> None:
         """Compute it in its place; who needs it will come."""
         if self.norm is not None:
-            self.value: Any = self.compute()
+            self.value = self.compute()
 
 
 def remember(made: Callable[..., Any], function: Any, *inner: Any) -> None:
@@ -159,6 +176,9 @@ def add(how: Any, left: Any, right: Any) -> Any:
     fresh = type(left) is Late  # nobody else has it
     left, right = (x.value if type(x) is Late and x.norm is None else x for x in (left, right))
     if type(left) is Late and type(right) is Late:
+        if _add_up(left, right):
+            left.other = right.take()
+            return left
         left = left.compute()  # it came first
     if type(left) is Late and _adds_up(left, right):
         left.residual = right
@@ -175,14 +195,18 @@ def add(how: Any, left: Any, right: Any) -> Any:
 
 
 def beside(function: Any, x: Any, *waiting: Any) -> Any:
-    """function(x) while others may be late: they stay so if the function is a module that cannot tell."""
+    """function(x) while others may be late: they stay so if the function is a module that cannot tell.
+
+    Then what it returns may be late, too, if computing it will raise no error: they may be added to each other.
+    """
     quiet = None  # nobody waits
     for other in waiting:
         if type(other) is Late and other.norm is not None:
             apart = quiet is not False and not (type(x) is Late and x.norm is not None)
             quiet = apart and is_quiet(function, other.norm) and _is_certain(other)
     if quiet:
-        return function(finish(x))
+        y = call(function, finish(x))
+        return finish(y) if type(y) is Late and y.norm is not None and (y.added or not _is_certain(y)) else y
     if quiet is not None:
         settle(waiting)
     return call(function, x)
@@ -261,7 +285,7 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
         return False
     kind = type(module)
     if (kind in _TORCHS and not module._modules) or is_norm(module):
-        return not (module.__dict__.get("inplace") or (module._buffers and _share(module, norm)))
+        return not (module.__dict__.get("inplace") or (module._buffers and share(module, norm)))
     if is_sequential(module):
         before: Any = None
         for child in children(module):
@@ -279,7 +303,7 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
     return all(part is None or (part is not module and is_quiet(part, norm)) for part in parts)
 
 
-def _share(one: nn.Module, other: nn.Module | None) -> bool:
+def share(one: nn.Module, other: nn.Module | None) -> bool:
     """Whether both have the same tensor for their statistics."""
     theirs = other._buffers if other is not None else {}
     return any(mine is not None and mine is theirs.get(name) for name, mine in one._buffers.items())
@@ -299,12 +323,23 @@ def _activated(x: Late, activation: Activation, function: Any, args: tuple[Any, 
     return x.compute(activation)
 
 
+def _add_up(left: Late, right: Late) -> bool:
+    """Whether two batch norms are added element by element, none to itself, and have no statistics in one place."""
+    return (
+        right.norm is not left.norm
+        and not right.added
+        and _adds_up(left, right.x)
+        and right.norm is not None
+        and not share(right.norm, left.norm)
+    )
+
+
 def _adds_up(late: Late, other: object) -> bool:
     """Whether the other is added element by element and changes neither shape nor dtype."""
     x = late.x
     assert x is not None
     return (
-        late.residual is None
+        not late.added
         and isinstance(other, Tensor)
         and other.shape == x.shape
         and other.dtype == x.dtype

@@ -36,6 +36,49 @@ def floor_bytes(plan: Plan, operands: Operands) -> int:
     return bytes_moved(plan, operands, again=False)
 
 
+class PairOperands(NamedTuple):
+    """Which full tensors the sum of two batch norms has beside x, other and y, or dy."""
+
+    training: bool = True  # statistics of the batch
+    bits: bool = False  # written by the forward, read by the backward
+    activation: bool = False  # the backward computes its derivative from x and other
+    dx: bool = True
+    dother: bool = True
+    parameters: bool = True  # a gradient of a weight or bias
+
+
+def pair_bytes(plan: Plan, operands: PairOperands) -> int:
+    """Bytes read and written by the kernels of `kernels/pair.py` by `plan`, see `make_pair_plan`.
+
+    With s bytes per element: forward 5s (3s where a program's tile holds its share) + 1/8, backward 8s + 2/8 (5s + 1/8)
+    where bits tell the derivative. Two operations, the first one the other's residual, move 2s and 3s more.
+    """
+    tensors, bits = _pair_passes(plan, operands)
+    return tensors * _values(plan) * plan.itemsize + bits * operands.bits * plan.bit_bytes
+
+
+def _pair_passes(plan: Plan, operands: PairOperands) -> tuple[int, int]:
+    """How many times a full tensor is read or written, and the bits."""
+    once = plan.path == "single"
+    if plan.operation != "backward":
+        return (3 if once or plan.operation == "inference" else 5), 1
+    written = operands.dx + operands.dother
+    if operands.training and written:
+        return (3 if once else 6) + written, 1 if once else 2
+    if operands.parameters:
+        return 3 + written, 1
+    return (1 + 2 * operands.activation + written, 1) if written else (0, 0)
+
+
+def pair_pays(plans: tuple[Plan, Plan], apart: tuple[Plan, Plan]) -> bool:
+    """Whether forward and backward in one pass move less than two operations by the plans `apart`, with add + ReLU."""
+    one = sum(pair_bytes(plan, PairOperands(bits=True)) for plan in plans)
+    forward, backward = (bytes_moved(plan, Operands()) for plan in apart)
+    added = bytes_moved(apart[0], Operands(residual=True, bits=True))
+    added += bytes_moved(apart[1], Operands(bits=True, dresidual=True))
+    return one < forward + backward + added
+
+
 def _backward(plan: Plan, operands: Operands, again: bool) -> int:
     values = _values(plan)
     written = operands.dx + operands.dresidual

@@ -32,6 +32,7 @@ class Use:
     others: tuple[nn.Module, ...] = ()  # whose hooks would suspend it
     containers: tuple[nn.Module, ...] = ()  # whose forwards have to be written anew for it
     functions: tuple[tuple[FunctionType, bool], ...] = ()  # likewise, with whether they are methods
+    other: _BatchNorm | None = None  # the batch norm that it is added to in the same pass
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Waiting:
     containers: tuple[nn.Module, ...] = ()  # that returned it
     adders: tuple[nn.Module, ...] = ()  # and before something was added
     functions: tuple[tuple[FunctionType, bool], ...] = ()  # that returned it
+    other: Any = None  # another batch norm that was added
 
 
 def uses_of(module: nn.Module) -> tuple[list[Use], str]:
@@ -94,16 +96,20 @@ class Walk(Interpreter):
     def note(self, waiting: Waiting, activation: Activation, why: str, *others: nn.Module) -> None:
         """A batch norm is computed, with an activation or without."""
         # After an addition, the activation runs by itself where a backward would need the residual.
-        act = [str(activation)] * (activation != IDENTITY and not (waiting.added and activation.keeps_residual))
+        has_residual = waiting.added and waiting.other is None
+        act = [str(activation)] * (activation != IDENTITY and not (has_residual and activation.keeps_residual))
         use = Use(waiting.norm, "", why)
         if steps := " + ".join(["add"] * waiting.added + act):
             entered = self.modules[waiting.depth :]
             containers = (*waiting.containers, *self.modules[waiting.depth - 1 :]) if act else waiting.adders
             functions = (*waiting.functions, *self.functions)
             watched = (*waiting.others, *entered, *others)
-            use = Use(waiting.norm, steps, "", waiting.dropped, watched, containers, functions)
-        if use not in self.uses:
-            self.uses.append(use)
+            use = Use(waiting.norm, steps, "", waiting.dropped, watched, containers, functions, waiting.other)
+        both = [use]
+        if use.other is not None:
+            both = [replace(use, others=(use.other, *use.others))]
+            both.append(replace(use, norm=use.other, others=(use.norm, *use.others), other=use.norm))
+        self.uses += [use for use in both if use not in self.uses]
 
     def finished(self, values: Values, why: str) -> Values:
         """`step.finish`."""
@@ -151,12 +157,13 @@ class Walk(Interpreter):
             self.note(value, activation, f"its output goes to {activation}", *module)
         return UNKNOWN
 
-    def added(self, left: Values, right: Values, in_place: bool) -> Values:
-        """`step.add`."""
-        owned = [value for value in left if isinstance(value, Waiting)]
+    def added(self, left: Values, right: Values, in_place: bool, owned: list[Waiting]) -> Values:
+        """`step.add`; owned: what the left one was, if it came late."""
         if any(isinstance(value, Waiting) for value in right):
             if in_place and not owned:
                 return self.finished(right, "an add in place changes the other operand")
+            if len(left) == len(right) == 1 and isinstance(left[0], Waiting) and _add_up(left[0], right[0]):
+                return (self.both(left[0], right[0]),)
             left = self.finished(left, "it is added to another batch norm, which is fused with the add")
             left, right = right, left
         found: list[Any] = []
@@ -170,6 +177,15 @@ class Walk(Interpreter):
             else:
                 found += self.finished((value,), "its output is added to what is no tensor") and [OTHER]
         return tuple(found)
+
+    def both(self, left: Waiting, right: Waiting) -> Waiting:
+        """The sum of two batch norms."""
+        depth = min(left.depth, right.depth)
+        containers = (*left.containers, *right.containers)
+        return Waiting(
+            left.norm, depth, True, left.dropped or right.dropped, (*left.others, *right.others), containers,
+            (*containers, *self.modules[depth - 1 :]), (*left.functions, *right.functions), right.norm,
+        )  # fmt: skip
 
     def waiting(self, names: list[ast.expr], functions: Values, frame: Frame, why: str) -> bool:
         """Whether something is late while a function is called: it stays so if `step.is_quiet`."""
@@ -240,7 +256,12 @@ class Walk(Interpreter):
             return self.finished(self.value(e.args[0], frame), vars(e)["why"])
         if helper == "add":
             how = e.args[0].value if isinstance(e.args[0], ast.Constant) else ""
-            return self.added(self.value(e.args[1], frame), self.value(e.args[2], frame), how in ("+=", "add_"))
+            came, right = self.value(e.args[1], frame), self.value(e.args[2], frame)
+            first = e.args[1].target if isinstance(e.args[1], ast.NamedExpr) else e.args[1]
+            # It may have been computed while the right one was evaluated.
+            left = frame.name(first.id) if isinstance(first, ast.Name) else came
+            owned = [value for value in came if isinstance(value, Waiting)]
+            return self.added(left, right, how in ("+=", "add_"), owned)
         follows = (
             isinstance(e.func, ast.Call) and isinstance(e.func.func, ast.Name) and e.func.func.id == "tritonbn_follow"
         )
@@ -257,7 +278,11 @@ class Walk(Interpreter):
             waits = self.waiting(e.args[2:], functions, frame, may_tell)
             values = self.value(e.args[1], frame)
             value = union(*[self.called(function, values, why) for function in functions])
-            return self.finished(value, f"another batch norm waits for its output{place}") if waits else value
+            if waits:  # it may be added to what waits
+                added = tuple(v for v in value if isinstance(v, Waiting) and v.added)
+                self.finished(added, f"another batch norm waits for its output{place}")
+                value = tuple(OTHER if v in added else v for v in value)
+            return value
         args = [self.value(argument, frame) for argument in e.args[1 if helper else 0 :]]
         kwargs = {str(keyword.arg): self.value(keyword.value, frame) for keyword in e.keywords}
         if helper == "apply":
@@ -269,6 +294,17 @@ class Walk(Interpreter):
         for values in (*args, *kwargs.values()):
             self.finished(tuple(v for v in values if not (looks and isinstance(v, Known))), why)
         return union(*[self.plainly(f.value if isinstance(f, Known) else None, args, place) for f in functions])
+
+
+def _add_up(left: Waiting, right: Any) -> bool:
+    """`step._add_up`, as far as modules tell."""
+    return (
+        isinstance(right, Waiting)
+        and not (left.added or right.added)
+        and left.norm is not right.norm
+        and all(isinstance(one.norm, _BatchNorm) for one in (left, right))
+        and not step.share(left.norm, right.norm)
+    )
 
 
 def _is_users(function: Any) -> bool:
