@@ -41,7 +41,7 @@ def program_sums(
     )  # [BLOCK_L, BLOCK_R] fp32
     dz0 = s1.to(dy_ptr.dtype.element_ty)
     store_gradients(dx_ptr, dresidual_ptr, s1, scale, group, t0, R, C, width, T)
-    s2 = tl.fma(s1, d, tl.zeros_like(d))  # rounded, see `program_statistics`
+    s2 = s1 * d
     if not T.ONCE:
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES):
             dz, d, _ = load_gradient(

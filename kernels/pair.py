@@ -383,7 +383,7 @@ def pair_backward_kernel(
         d = within(d, mask, group, 0, R, width, T)
         e = within(e, mask, group, 0, R, width, T)
     s1 = fold(dz, T)
-    s2, s3 = fold_two(tl.fma(dz, d, tl.zeros_like(d)), tl.fma(dz, e, tl.zeros_like(e)), T)  # see `program_statistics`
+    s2, s3 = fold_two(dz * d, dz * e, T)
     dz = dz.to(dy_ptr.dtype.element_ty)
     store_parameter_gradients(dweight_ptr, dbias_ptr, s1, s2, rstd, c, live)
     store_parameter_gradients(other_dweight_ptr, other_dbias_ptr, s1, s3, other_rstd, c, live)

@@ -267,10 +267,16 @@ def normalize(x, mean, scale, shift):
 
 
 @triton.jit
+def rounded(v):
+    """v, rounded. A product that was fused with the first addition of threads would make their sums differ by a bit."""
+    return v + 0.0  # which no compiler may leave out: it is not what -0 is
+
+
+@triton.jit
 def fold(v, T: tl.constexpr):
     """Sum a tile [BLOCK_L, BLOCK_R] over rows and lanes to one value per channel [BLOCK_G]."""
     if T.GROUP == 1:
-        return tl.sum(tl.ravel(v), 0, keep_dims=True)
+        return tl.sum(tl.ravel(rounded(v)), 0, keep_dims=True)
     else:
         return fold_parts(v[None, :, :], 1, T)
 
@@ -295,7 +301,7 @@ def fold_parts(v, N: tl.constexpr, T: tl.constexpr):
     W: tl.constexpr = T.ROW_WARPS
     ROWS: tl.constexpr = 32 * T.V // T.BLOCK_L if 32 * T.V > T.BLOCK_L else 1  # that a warp reads at a time
     Q: tl.constexpr = ROWS if T.BLOCK_R >= W * ROWS else 1
-    v = tl.sum(tl.reshape(v, [N, T.BLOCK_L, T.BLOCK_R // (W * Q), W, Q]), 2)
+    v = tl.sum(tl.reshape(rounded(v), [N, T.BLOCK_L, T.BLOCK_R // (W * Q), W, Q]), 2)
     v = tl.sum(v, 3)  # [N, BLOCK_L, W]
     K: tl.constexpr = W * T.FOLD * T.SPAN
     if K == 1:
