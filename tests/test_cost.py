@@ -77,7 +77,8 @@ def test_bounds_by_name() -> None:
         (backward, "stream", "L2"),
         (SMALL, None, "launch"),
         (Problem("forward", "rows", (512, 64, 1), 4), "single", "latency"),
-        (backward._replace(costly=True), "split", "issue"),
+        (backward._replace(costly=True), "split", "memory"),
+        (NARROW, "split", "issue"),
     ):
         assert bound(*both(problem, path)) == expected  # type: ignore[arg-type]
 
@@ -93,12 +94,13 @@ def test_narrow_accesses_cost_what_their_instructions_do() -> None:
 
 
 def test_exponentials_take_instructions_and_a_faster_clock_helps() -> None:
+    """On a GPU of half the clock; at its own, an H200's memory takes longer than the exponentials of 16 bits."""
     plain = LARGE._replace(operation="backward")
     costly = plain._replace(costly=True)
     plan = best(costly, H200, "split")
-    slow, fast = (predicted(plan, costly, replace(H200, clock=clock)) for clock in (1e9, 2e9))
-    assert predicted(plan, plain, H200) < predicted(plan, costly, H200) < slow
-    assert fast < slow
+    slower = replace(H200, clock=H200.clock / 2)
+    assert predicted(plan, plain, slower) < predicted(plan, costly, slower)
+    assert predicted(plan, plain, H200) == predicted(plan, costly, H200) < predicted(plan, costly, slower)
 
 
 def test_few_warps_have_few_schedulers() -> None:

@@ -46,22 +46,24 @@ class Instructions(NamedTuple):
     access: float  # of each load and store, for all elements that it holds
     odd: float  # of planes that are read from an aligned start before them
     costly: float = 0.0  # of an activation whose derivative takes exponentials
+    short: float = 0.0  # the same where it is rounded to 16 bits
 
     def of(self, plan: Plan, problem: Problem) -> float:
         """What an element takes by a plan."""
         odd = self.odd * (plan.tile.ALIGN > 1)
-        return self.element + self.access / plan.tile.access + odd + self.costly * problem.costly
+        costly = (self.short if problem.itemsize == 2 else self.costly) * problem.costly
+        return self.element + self.access / plan.tile.access + odd + costly
 
 
 # By `python -m bench codegen` (Triton 3.7.1, sm_90), rows of path split without epilogue, in bf16: `instr` times the
 # part of tiles that is no padding, of 56x56 planes (0.94), which are read eight elements at a time, and of 35x35 planes
-# while those were read one at a time; odd is what 35x35 planes (0.96) take more now, the mean of bf16 and fp32; costly,
-# what silu adds to 56x56 planes. They give fp32, four elements at a time, to a tenth. The plan of a forward is the same
-# whatever its activation, so that of none is taken.
-STATISTICS = Instructions(7.3, 12.0, 2.8)
-NORMALIZE = Instructions(5.5, 20.9, 5.9)
-GRADIENT_SUMS = Instructions(8.9, 17.3, 3.0, 23.7)
-INPUT_GRADIENT = Instructions(9.2, 26.6, 8.5, 24.6)
+# of an odd number of channels (0.96), which are read one at a time; they give fp32, four at a time, to a tenth. odd is
+# what 35x35 planes take more that are read from an aligned start, two of five tiles at an edge; costly and short, what
+# silu adds to 56x56 planes. The plan of a forward is the same whatever its activation, so that of none is taken.
+STATISTICS = Instructions(6.1, 12.7, 0.2)
+NORMALIZE = Instructions(4.6, 21.9, 1.6)
+GRADIENT_SUMS = Instructions(6.2, 19.1, 1.9, 24.1, 9.4)
+INPUT_GRADIENT = Instructions(7.7, 28.8, 2.4, 24.3, 9.2)
 
 
 def kind(path: Path, problem: Problem, device: Device) -> str:
