@@ -64,6 +64,13 @@ def test_layouts(
     assert kernels[: len(KERNELS[CHOICES[name].path])] == KERNELS[CHOICES[name].path]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_programs_that_have_no_lane(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd planes start up to 7 lanes after their tiles do: in the last block only some channels have lanes."""
+    with on("cooperative", monkeypatch):
+        check(Layout((2, 8, 639)), cases.gaussian(0.5, 2.0), dtype, device)
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("name", ["cooperative", "stream"])
