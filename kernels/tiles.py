@@ -116,6 +116,12 @@ def at_edge(group, t, R, width, T: tl.constexpr):
 
 
 @triton.jit
+def between(lane, end):
+    """0 <= lane < end, by one comparison."""
+    return lane.to(tl.uint32, bitcast=True) < end.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def within(v, mask, group, t, R, width, T: tl.constexpr):
     """v [BLOCK_L, BLOCK_R] of tile t, 0 outside of the channel group and of the tensor; mask is that of `tile`."""
     if T.ALIGN == 1:
@@ -123,8 +129,14 @@ def within(v, mask, group, t, R, width, T: tl.constexpr):
     else:
         edge, lane, end = at_edge(group, t, R, width, T)
         if edge:
-            v = tl.where(lane.to(tl.uint32, bitcast=True) < end.to(tl.uint32, bitcast=True), v, 0.0)
+            v = tl.where(between(lane, end), v, 0.0)
         return v
+
+
+@triton.jit
+def store_edge(ptr, at, mask, value):
+    """Store a tile of which an access may be half another plane's: an element at a time."""
+    tl.store(ptr + at, value, mask=mask)
 
 
 @triton.jit
@@ -136,7 +148,7 @@ def store_tile(ptr, at, mask, value, group, t, R, width, T: tl.constexpr):
     else:
         edge, lane, end = at_edge(group, t, R, width, T)
         if edge:
-            tl.store(ptr + at, value, mask=lane.to(tl.uint32, bitcast=True) < end.to(tl.uint32, bitcast=True))
+            store_edge(ptr, at, between(lane, end), value)
         else:
             tl.store(ptr + at, value)
 

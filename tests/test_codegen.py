@@ -100,7 +100,7 @@ def of_large_planes(rows: Rows, kernel: str) -> dict[str, Any]:
     (row,) = (
         row for row in rows
         if (row["kernel"], row["target"], row["dtype"], row["epilogue"], row["path"], row["layout"], row["shape"])
-        == (kernel, "sm_90", "bf16", "-", "split", "planes", [256, 256, 56, 56]) and row["store_bits"] in STORES[kernel]
+        == (kernel, "sm_90", "bf16", "-", "split", "planes", [256, 64, 56, 56]) and row["store_bits"] in STORES[kernel]
     )  # fmt: skip
     return row
 
@@ -116,7 +116,7 @@ MEASURED = {"statistics_kernel": cost.STATISTICS, "gradient_sums_kernel": cost.G
 def test_the_cost_of_plans_has_the_instructions_that_kernels_have(rows: Rows, kernel: str) -> None:
     """To 15%: kernels change, and so do compilers. If this fails, put the new ones into `tritonbn/cost.py`."""
     row = of_large_planes(rows, kernel)
-    problem = Problem("backward" if kernel == "gradient_sums_kernel" else "forward", "planes", (256, 256, 3136), 2)
+    problem = Problem("backward" if kernel == "gradient_sums_kernel" else "forward", "planes", (256, 64, 3136), 2)
     expected = MEASURED[kernel].of(model.best(problem, H200, "split"), problem)
     assert row["instructions"] * 12.25 / 13 == pytest.approx(expected, rel=0.15)
 
