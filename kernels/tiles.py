@@ -52,9 +52,9 @@ def lane_blocks(width, T: tl.constexpr):
 
 @triton.jit
 def corner(t, width, T: tl.constexpr):
-    """(row, lane) where tile t of a plane begins. Neither is below zero, and the division is shorter without signs."""
+    """(row, lane) where tile t of a plane begins."""
     blocks = lane_blocks(width, T)
-    rows = (tl.cast(t, tl.uint32) // tl.cast(blocks, tl.uint32)).to(tl.int32)
+    rows = t // blocks
     return rows * T.BLOCK_R, (t - rows * blocks) * T.BLOCK_L
 
 

@@ -161,7 +161,8 @@ def _cooperative(problem: Problem, device: Device, splits: int | None) -> Iterat
     Each with seconds that its plan takes at the least.
     """
     # Tiles of several channels have more values per channel to keep: the backward's would spill, and those of fp64.
-    narrow = problem.itemsize == 8 or (problem.operation == "backward" and problem.geometry[0].GROUP > 1)
+    tile = problem.geometry[0]
+    narrow = problem.itemsize == 8 or (problem.operation == "backward" and tile.GROUP > 1) or tile.FOLD > 1
     choice, groups, tiles = _streamed(problem, device, narrow)
     most = 32 * WARPS * NARROW_BYTES_PER_THREAD
     if problem.geometry[0].SPAN > 1 and choice.block_l * problem.itemsize > most:  # one row is too much (17x17 planes)
