@@ -737,3 +737,125 @@ def test_a_small_network_moves_less(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.append(total[0])
     y = torch.empty(4, 6, 5, 5)
     assert moved[0] - moved[1] == (2 + 3) * y.nbytes - planning.pair_plan_for("forward", y).bit_bytes
+
+
+class Sums(nn.Module):
+    """Two norms that are added, and what else runs `b`."""
+
+    def __init__(self, forward: Callable[[Any, Tensor, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.a, self.b = (nn.BatchNorm2d(3, dtype=torch.float64) for _ in range(2))
+        self.relu, self.again = nn.ReLU(), nn.Sequential(self.b, nn.Conv2d(3, 3, 1, dtype=torch.float64))
+
+
+class Interleaved(Sums):
+    def forward(self, x: Tensor, z: Tensor) -> Any:
+        s = self.a(x) + self.b(x)
+        t = self.again(z)
+        return self.relu(s) + t
+
+
+class Added(Sums):
+    def forward(self, x: Tensor) -> Any:
+        return self.relu(self.a(x) + self.b(x * 2))
+
+
+class Hidden(Sums):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [self.b]
+        del self.b, self.again
+
+    def forward(self, x: Tensor) -> Any:
+        return self.relu(self.a(x) + self.hidden[0](x * 2))
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 3 * seed
+
+
+def test_a_norm_that_waits_as_the_other_one_runs_in_its_turn(device: torch.device) -> None:
+    model = Interleaved().to(device)
+    ours = tritonbn.convert(copy.deepcopy(model), fuse=True)
+    x, z = images().to(device), images(1).to(device)
+    torch.testing.assert_close(ours(x, z), model(x, z), rtol=1e-9, atol=1e-9)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(dict(ours.named_buffers())[name], buffer, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_recalibrate_sees_both_norms(device: torch.device) -> None:
+    model = Added().to(device)
+    ours = tritonbn.convert(copy.deepcopy(model), fuse=True)
+    batches = [images(seed).to(device) for seed in range(3)]
+    for each in (model, ours):
+        tritonbn.recalibrate(each, batches)
+    for one, other in ((model.a, ours.a), (model.b, ours.b)):
+        torch.testing.assert_close(other.running_mean, one.running_mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(other.running_var, one.running_var, rtol=1e-9, atol=1e-9)
+    assert ours.b.running_mean is not None
+    assert float(ours.b.running_mean.abs().min()) > 0.1
+
+
+def test_a_norm_outside_of_the_model_is_told(device: torch.device) -> None:
+    ours = tritonbn.convert(Hidden().to(device), fuse=True)
+    tritonbn.convert(ours.hidden[0])
+    str(tritonbn.report(ours))
+    tritonbn.explain(ours, images().to(device))
+
+
+def test_what_torch_does_not_save_may_be_written_to(device: torch.device) -> None:
+    """A frozen shortcut's input is kept by nobody."""
+    model = Added().to(device)
+    ours = tritonbn.convert(copy.deepcopy(model), fuse=True)
+    grads = []
+    for each in (model, ours):
+        each.b.requires_grad_(False)
+        w = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
+        x, z = images().to(device), images(1).to(device)
+        y = each.relu(each.a(x * w) + each.b(z)) if each is model else None
+        if y is None:
+            y = batch_norm_add(x * w, None, None, z, None, None, each.a.weight, each.a.bias, training=True,
+                               activation="relu")  # fmt: skip
+        z.zero_()
+        y.square().sum().backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
+
+
+def test_subclasses_that_look_at_their_arguments(device: torch.device) -> None:
+    class Wrapped(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+
+    model = Added().to(device)
+    ours = tritonbn.convert(copy.deepcopy(model), fuse=True)
+    x = images().to(device)
+    torch.testing.assert_close(ours(x.as_subclass(Wrapped)), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_in_one_memory_are_updated_in_order(device: torch.device) -> None:
+    x, z = images().to(device), images(1).to(device).contiguous(memory_format=torch.channels_last)
+    means = []
+    functions: tuple[Callable[..., Tensor], ...] = apart, batch_norm_add
+    for function in functions:
+        mean, var = (torch.full((3,), value, dtype=torch.float64, device=device) for value in (0.0, 1.0))
+        given = {"input": x, "other": z, "running_mean": mean, "running_var": var, "other_running_mean": mean.view(3),
+                 "other_running_var": var.view(3)}  # fmt: skip
+        function(**dict.fromkeys((*TENSORS, *STATISTICS)) | given, training=True, momentum=0.1, eps=1e-5,
+                 other_momentum=0.3, other_eps=1e-5, activation="relu")  # fmt: skip
+        means.append(mean)
+    torch.testing.assert_close(means[1], means[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("broken", ["momentum", "input"])
+def test_nothing_is_written_before_torchs_error(broken: str, device: torch.device) -> None:
+    statistics = [torch.zeros(3, dtype=torch.float64, device=device) for _ in range(4)]
+    x, mean, var, other_mean, other_var = images().to(device), *statistics
+    given: dict[str, Any] = {"input": x, "momentum": 0.1, "other_momentum": 0.1} | {broken: None}
+    function: Callable[..., Tensor] = batch_norm_add
+    with pytest.raises((TypeError, AttributeError), match=r"momentum|float|size"):
+        function(running_mean=mean, running_var=var, other=x, other_running_mean=other_mean,
+                 other_running_var=other_var, training=True, **given)  # fmt: skip
+    assert all(int(s.count_nonzero()) == 0 for s in statistics)

@@ -153,10 +153,15 @@ def normalize_add(
         for momentum, tensors in zip(momenta, (one, other), strict=True)
     )
     if has_torch_function_variadic(*one, *other):
-        given = one, other, training, (first, second), epses, activation
-        result: Tensor = handle_torch_function(normalize_add, (*one, *other), *given)
+        given = *one, *other, training, first, second, *epses, activation
+        result: Tensor = handle_torch_function(normalize_two, (*one, *other), *given)
         return result
     return _add(one, other, training, (first, second), epses, activation)
+
+
+def normalize_two(*given: Any) -> Tensor:
+    """`normalize_add` with its arguments one after the other, as who overrides torch's functions looks at them."""
+    return normalize_add(given[:7], given[7:14], given[14], given[15:17], given[17:19], given[19])
 
 
 def normalize(
@@ -230,7 +235,9 @@ def _add(
         and all(_fit(training, *given) for given in zip((one, other), momenta, epses, strict=True))
         and not (torch.compiler.is_compiling() or private.forward_derivatives() or private.dispatch_modes())
     ):
-        together = pair.recognize(dispatch.recognize(one, training), dispatch.recognize(other, training))
+        calls = dispatch.recognize(one, training), dispatch.recognize(other, training)
+        if calls[0].records == calls[1].records:  # else one is saved that torch does not save: it may be written to
+            together = pair.recognize(*calls)
     if together is None or not together.pays(x, training):
         return _apart(one, other, training, momenta, epses, act, shared)
     if training and x.device not in calibrating.settled:
@@ -256,12 +263,12 @@ def _apart(
     if not shared:  # the result is laid out as the input
         calls.reverse()
     first, (last, momentum, eps) = calls
-    certain = _fit(training, *calls[1]) and all(t is None or isinstance(t, Tensor) for t in last)
-    if not torch.compiler.is_compiling() and not (certain and not dispatch.misfit(last, training)):
+    certain = _fit(training, *calls[1]) and isinstance(last[0], Tensor)
+    certain = certain and all(t is None or isinstance(t, Tensor) for t in last)
+    if not torch.compiler.is_compiling() and not (certain and not dispatch.why_torch(last, training)):
         mean, var = (s.clone() if isinstance(s, Tensor) else s for s in last[1:3])
-        with torch.no_grad():
-            weight = 0.0 if momentum is None else momentum
-            torch.nn.functional.batch_norm(last[0], mean, var, last[3], last[4], training, weight, eps)
+        weight = 0.0 if momentum is None and last[6] is not None else momentum
+        torch.nn.functional.batch_norm(last[0], mean, var, last[3], last[4], training, weight, eps)
     residual = _compute(first[0], training, first[1], first[2], IDENTITY)
     return _compute((*last[:5], residual, last[6]), training, momentum, eps, act)
 
@@ -279,7 +286,17 @@ def _fit(training: Any, tensors: Tensors, momentum: Any, eps: Any) -> bool:
 def _share(one: Tensors, other: Tensors) -> bool:
     """Whether both have statistics, or a counter, in one place."""
     mine, theirs = ([t for t in (*tensors[1:3], tensors[6]) if isinstance(t, Tensor)] for tensors in (one, other))
-    return any(a is b for a in mine for b in theirs)
+    return any(a is b or _overlap(a, b) for a in mine for b in theirs)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether they may have memory in common."""
+    if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
+        return False
+    try:
+        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
+    except (NotImplementedError, RuntimeError):  # no storage
+        return False
 
 
 def _of_symbols(tensors: Tensors, training: bool) -> Call:

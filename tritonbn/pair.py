@@ -109,13 +109,14 @@ def backward(
     """
     bits = kept[10]
     found = []
+    dense = dy
     for at, own, dtype, recognized in zip((0, 5), (bits, None), pair.parameter_dtypes, pair.saved, strict=True):
         x, weight, bias, mean, rstd = kept[at : at + 5]
         assert x is not None
         assert mean is not None
         assert rstd is not None
         saved = Saved(x, weight, bias, None, own, mean, rstd)
-        dense, saved = autograd.dense_saved(dy, saved, dtype, pair.one.memory_format, recognized)
+        dense, saved = autograd.dense_saved(dense, saved, dtype, pair.one.memory_format, recognized)
         found.append(saved)
     one, other = (Kept(s.x, s.weight, s.bias, s.mean, s.rstd) for s in found)
     return pair_launch.backward(

@@ -160,12 +160,24 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """func(*args, **kwargs). What it calls itself does not come here."""
         result = func(*args, **(kwargs or {}))
-        if func not in self.arguments:
-            return result
-        given = dict(zip(self.arguments[func], args, strict=False)) | (kwargs or {})
+        if func is functional.normalize_two:
+            for x, running_mean in (args[:2], args[7:9]):
+                self.note(func, {"input": x, "running_mean": running_mean, "training": args[14]})
+        elif func is functional.batch_norm_add:
+            names = ("input", "running_mean", "running_var", "other", "other_running_mean")
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            for x, running_mean in (("input", "running_mean"), ("other", "other_running_mean")):
+                training = given.get("training", False)
+                self.note(func, {"input": given[x], "running_mean": given[running_mean], "training": training})
+        elif func in self.arguments:
+            self.note(func, dict(zip(self.arguments[func], args, strict=False)) | (kwargs or {}))
+        return result
+
+    def note(self, func: Any, given: dict[str, Any]) -> None:
+        """Count the input of one batch norm."""
         norm: Any = self.norms.get(id(given.get("running_mean")))
         if norm is None or private.is_backward():  # a backward (torch 2.8's) runs a checkpoint again
-            return result
+            return
         population = self.populations[norm]
         population.measured = True
         if not given.get("training", True):
@@ -175,7 +187,6 @@ class _Watch(TorchFunctionMode):
             population.add(given["input"], group)
         else:
             population.add(given["input"])
-        return result
 
 
 @contextmanager

@@ -148,7 +148,8 @@ class _Fusion:
     def other(self, norm: _BatchNorm) -> str:
         """The batch norms that it is computed with in one pass."""
         uses = [use for use in self.uses.get(norm, []) if use.other is not None and _runs(use)]
-        return ", ".join(dict.fromkeys(self.names[use.other] for use in uses if use.other is not None))
+        outside = "a batch norm outside of the model"
+        return ", ".join(dict.fromkeys(self.names.get(use.other, outside) for use in uses if use.other is not None))
 
 
 def _runs(use: Use) -> bool:

@@ -63,6 +63,13 @@ class Late:
         """Whether something is added to it already."""
         return self.residual is not None or self.other is not None
 
+    @property
+    def norms(self) -> tuple[TritonBatchNorm, ...]:
+        """The batch norms that wait to be computed."""
+        if self.norm is None:
+            return ()
+        return (self.norm,) if self.other is None else (self.norm, self.other[0])
+
     def compute(self, activation: Activation = IDENTITY) -> Any:
         """activation(norm(x) + what is added), for the only one who needs it. Raises what the module raises."""
         norm, x, residual, other = self.norm, self.x, self.residual, self.other
@@ -179,7 +186,10 @@ def add(how: Any, left: Any, right: Any) -> Any:
         if _add_up(left, right):
             left.other = right.take()
             return left
-        left = left.compute()  # it came first
+        if _adds_frozen(left, right):
+            right = right.compute()  # as a residual: its input is not to be saved
+        else:
+            left = left.compute()  # it came first
     if type(left) is Late and _adds_up(left, right):
         left.residual = right
         return left
@@ -203,7 +213,7 @@ def beside(function: Any, x: Any, *waiting: Any) -> Any:
     for other in waiting:
         if type(other) is Late and other.norm is not None:
             apart = quiet is not False and not (type(x) is Late and x.norm is not None)
-            quiet = apart and is_quiet(function, other.norm) and _is_certain(other)
+            quiet = apart and all(is_quiet(function, norm) for norm in other.norms) and _is_certain(other)
     if quiet:
         y = call(function, finish(x))
         return finish(y) if type(y) is Late and y.norm is not None and (y.added or not _is_certain(y)) else y
@@ -305,8 +315,8 @@ def is_quiet(module: Any, norm: nn.Module | None) -> bool:
 
 def share(one: nn.Module, other: nn.Module | None) -> bool:
     """Whether both have the same tensor for their statistics."""
-    theirs = other._buffers if other is not None else {}
-    return any(mine is not None and mine is theirs.get(name) for name, mine in one._buffers.items())
+    theirs = other._buffers.values() if other is not None else ()
+    return any(mine is not None and mine is its for mine in one._buffers.values() for its in theirs)
 
 
 def _activated(x: Late, activation: Activation, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
@@ -331,6 +341,18 @@ def _add_up(left: Late, right: Late) -> bool:
         and _adds_up(left, right.x)
         and right.norm is not None
         and not share(right.norm, left.norm)
+        and _saves(left.norm, left.x) == _saves(right.norm, right.x)
+    )
+
+
+def _adds_frozen(left: Late, right: Late) -> bool:
+    """Whether the second one, of which autograd saves nothing, may be computed first."""
+    return (
+        right.norm is not None
+        and _saves(left.norm, left.x)
+        and not _saves(right.norm, right.x)
+        and not share(right.norm, left.norm)
+        and _is_certain(right)
     )
 
 
@@ -347,6 +369,12 @@ def _adds_up(late: Late, other: object) -> bool:
     )
 
 
+def _saves(norm: Any, x: Any) -> bool:
+    """Whether autograd saves x for this batch norm: else whoever gave x may write to it before the backward."""
+    parameters = norm._parameters.values()
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+
+
 def _is_certain(late: Late) -> bool:
     """Whether computing it will raise no error, which would have come before others."""
     norm, x = late.norm, late.x
@@ -355,6 +383,19 @@ def _is_certain(late: Late) -> bool:
     norm._check_input_dim(x)  # type: ignore[no-untyped-call]
     channels, dtype, device = x.size(1), x.dtype, x.get_device()
     if channels != norm.num_features or x.numel() <= channels or dtype not in DTYPES:
+        return False
+    buffers, momentum = norm._buffers, norm.momentum
+    if (
+        not (type(norm.eps) is float and norm.eps > 0)
+        or not (momentum is None or type(momentum) is float)
+        or (buffers.get("running_mean") is None) != (buffers.get("running_var") is None)
+        or any(b is not None and b.requires_grad for b in buffers.values())
+    ):
+        return False
+    vectors = [v for v in (*norm._parameters.values(), *buffers.values()) if v is not None and v.dim()]
+    if any(v.dtype is not vectors[0].dtype for v in vectors):
+        return False
+    if not is_compiling() and torch.is_grad_enabled() and any(t.is_inference() for t in (x, *vectors)):
         return False
     for vector in (*norm._parameters.values(), *norm._buffers.values()):
         if (

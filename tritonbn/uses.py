@@ -195,7 +195,12 @@ class Walk(Interpreter):
                 module = function.value if isinstance(function, Known) else None
                 for inner in module.modules() if isinstance(module, nn.Module) else ():
                     opened_forward(class_of(inner))  # says what it does
-                told = [v for v in frame.name(name) if isinstance(v, Waiting) and not step.is_quiet(module, v.norm)]
+                told = [
+                    v
+                    for v in frame.name(name)
+                    if isinstance(v, Waiting)
+                    and not all(step.is_quiet(module, norm) for norm in (v.norm, v.other) if norm is not None)
+                ]
                 self.finished(tuple(told), why)
                 frame.variables[name] = tuple(OTHER if value in told else value for value in frame.name(name))
             waits |= any(isinstance(value, Waiting) for value in frame.name(name))
