@@ -54,7 +54,7 @@ _LAYOUTS = {
     "planes-ncl": Layout((4, 3, 256)),
     "planes-blocks": Layout((3, 2, 20, 33)),
     "planes-prime": Layout((3, 2, 131)),
-    "planes-odd": Layout((3, 8, 23, 23)),
+    "planes-odd": Layout((2, 8, 23, 23)),
     "planes-7x7-groups": Layout((3, 10, 7, 7)),
     "planes-14x14-groups": Layout((3, 4, 14, 14)),
     "planes-folded": Layout((8, 3, 13)),

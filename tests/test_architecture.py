@@ -29,6 +29,7 @@ ORDER = [
     "rewrite",
     "expressions",
     "step",
+    "certainty",
     "timm",
     "types",
     "source",

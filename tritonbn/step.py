@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tritonbn.activations import IDENTITY, Activation, of_call, of_method, of_module
-from tritonbn.dispatch import DTYPES
+from tritonbn.certainty import is_certain, saves
 from tritonbn.modules import TritonBatchNorm
 from tritonbn.types import children, is_bare, is_norm, is_sequential, original
 
@@ -213,10 +213,10 @@ def beside(function: Any, x: Any, *waiting: Any) -> Any:
     for other in waiting:
         if type(other) is Late and other.norm is not None:
             apart = quiet is not False and not (type(x) is Late and x.norm is not None)
-            quiet = apart and all(is_quiet(function, norm) for norm in other.norms) and _is_certain(other)
+            quiet = apart and all(is_quiet(function, norm) for norm in other.norms) and is_certain(other.norm, other.x)
     if quiet:
         y = call(function, finish(x))
-        return finish(y) if type(y) is Late and y.norm is not None and (y.added or not _is_certain(y)) else y
+        return finish(y) if type(y) is Late and y.norm is not None and (y.added or not is_certain(y.norm, y.x)) else y
     if quiet is not None:
         settle(waiting)
     return call(function, x)
@@ -341,7 +341,7 @@ def _add_up(left: Late, right: Late) -> bool:
         and _adds_up(left, right.x)
         and right.norm is not None
         and not share(right.norm, left.norm)
-        and _saves(left.norm, left.x) == _saves(right.norm, right.x)
+        and saves(left.norm, left.x) == saves(right.norm, right.x)
     )
 
 
@@ -349,10 +349,10 @@ def _adds_frozen(left: Late, right: Late) -> bool:
     """Whether the second one, of which autograd saves nothing, may be computed first."""
     return (
         right.norm is not None
-        and _saves(left.norm, left.x)
-        and not _saves(right.norm, right.x)
+        and saves(left.norm, left.x)
+        and not saves(right.norm, right.x)
         and not share(right.norm, left.norm)
-        and _is_certain(right)
+        and is_certain(right.norm, right.x)
     )
 
 
@@ -367,48 +367,6 @@ def _adds_up(late: Late, other: object) -> bool:
         and other.dtype == x.dtype
         and other.device == x.device
     )
-
-
-def _saves(norm: Any, x: Any) -> bool:
-    """Whether autograd saves x for this batch norm: else whoever gave x may write to it before the backward."""
-    parameters = norm._parameters.values()
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-
-
-def _is_certain(late: Late) -> bool:
-    """Whether computing it will raise no error, which would have come before others."""
-    norm, x = late.norm, late.x
-    assert norm is not None
-    assert x is not None
-    norm._check_input_dim(x)  # type: ignore[no-untyped-call]
-    channels, dtype, device = x.size(1), x.dtype, x.get_device()
-    if channels != norm.num_features or x.numel() <= channels or dtype not in DTYPES:
-        return False
-    buffers, momentum = norm._buffers, norm.momentum
-    if (
-        not (type(norm.eps) is float and norm.eps > 0)
-        or not (momentum is None or type(momentum) is float)
-        or (buffers.get("running_mean") is None) != (buffers.get("running_var") is None)
-        or any(b is not None and b.requires_grad for b in buffers.values())
-    ):
-        return False
-    vectors = [v for v in (*norm._parameters.values(), *buffers.values()) if v is not None and v.dim()]
-    if any(v.dtype is not vectors[0].dtype for v in vectors):
-        return False
-    if not is_compiling() and torch.is_grad_enabled() and any(t.is_inference() for t in (x, *vectors)):
-        return False
-    for vector in (*norm._parameters.values(), *norm._buffers.values()):
-        if (
-            vector is not None
-            and vector.dim()
-            and not (
-                vector.numel() == channels
-                and (vector.dtype is dtype or (vector.dtype is torch.float32 and dtype.itemsize == 2))
-                and vector.get_device() == device
-            )
-        ):
-            return False
-    return True
 
 
 def is_idle(module: Any) -> bool:
