@@ -7,6 +7,7 @@ GPU may lack.
 Results of 16 bits are computed by functions named `..._short`, to what their rounding leaves of them, so that memory
 stays the limit: one exponential and at most one reciprocal for an element. Exponentials may overflow there, as
 1 / (1 + inf) is the 0 that it stands for. `tests/test_activations.py` compares the results for all inputs.
+1.4426950408889634 is log2(e); as a global constant it would make Triton's cache depend on what was compiled before.
 In 32 and 64 bits all digits count; exponentials are of numbers below zero there, and denominators between 1 and 5.
 """
 
@@ -15,8 +16,6 @@ import triton.language as tl
 
 from .statistics import ratio
 from .tiles import compiles_for_cuda
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -104,7 +103,7 @@ def normal(z):
     if z.dtype == tl.float64:
         return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)), tl.exp(-0.5 * z * z) * 0.3989422804014327
     else:  # erf is twice as long: it selects coefficients, so all of them must be in registers
-        e = tl.exp2(z * z * (-0.5 * LOG2E))
+        e = tl.exp2(z * z * (-0.5 * 1.4426950408889634))
         tail = e * normal_tail(tl.abs(z))
         return tl.where(z < 0.0, tail, 1.0 - tail), e * 0.3989422804014327
 
@@ -159,7 +158,7 @@ def mish_short(z):
 
     Larger z count as 43: nothing overflows there, n * r is 1 and r^2 underflows to 0, so infinity gives torch's NaN.
     """
-    e = tl.exp2(tl.minimum(z, 43.0) * LOG2E)
+    e = tl.exp2(tl.minimum(z, 43.0) * 1.4426950408889634)
     n = e * (0.5 * e + 1.0)
     return n, e * e + e, reciprocal(n + 1.0)
 
@@ -176,24 +175,24 @@ def activate_short(z, ACT: tl.constexpr):
     if ACT.name == "elu":
         n = tl.minimum(z, 0.0)
         near = n * (n * (0.5 * ACT.a) + (ACT.a - 1.0)) + z  # Taylor's series: the difference below would cancel
-        return tl.where(z < -0.02, tl.exp2(n * LOG2E) * ACT.a - ACT.a, near)
+        return tl.where(z < -0.02, tl.exp2(n * 1.4426950408889634) * ACT.a - ACT.a, near)
     elif ACT.name == "silu":
-        return z * sigmoid_short(z * -LOG2E)
+        return z * sigmoid_short(z * -1.4426950408889634)
     elif ACT.name == "gelu":
         return gelu_short(z)
     elif ACT.name == "gelu_tanh":
         return z * sigmoid_short(z * (-2.302208198 - z * z * 0.1029432397))
     elif ACT.name == "sigmoid":
-        return sigmoid_short(z * -LOG2E)
+        return sigmoid_short(z * -1.4426950408889634)
     elif ACT.name == "tanh":
-        return tl.where(tl.abs(z) < 0.02, z, 2.0 * sigmoid_short(z * (-2.0 * LOG2E)) - 1.0)
+        return tl.where(tl.abs(z) < 0.02, z, 2.0 * sigmoid_short(z * (-2.0 * 1.4426950408889634)) - 1.0)
     elif ACT.name == "mish":
         n, _, r = mish_short(z)
         return z * (n * r)
     else:
         tl.static_assert(ACT.name == "softplus")
         u = z * ACT.a
-        e = tl.exp2(tl.abs(u) * -LOG2E)
+        e = tl.exp2(tl.abs(u) * -1.4426950408889634)
         y = (log1p_short(e) + tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)) * (1.0 / ACT.a)
         if ACT.b >= 10.0:  # beyond it z and y are the same number: log(1 + exp(-10)) < 5e-5
             return y
@@ -205,18 +204,18 @@ def activate_short(z, ACT: tl.constexpr):
 def gradient_short(dy, z, ACT: tl.constexpr, OUT: tl.constexpr):
     """dy * activation'(z) for results of 16 bits; only the activations with exponentials."""
     if ACT.name == "elu":
-        e = tl.exp2(tl.minimum(z, 0.0) * LOG2E)
+        e = tl.exp2(tl.minimum(z, 0.0) * 1.4426950408889634)
         return dy * e if ACT.a == 1.0 else dy * tl.where(z <= 0.0, e * ACT.a, 1.0)
     elif ACT.name == "silu":
-        s = sigmoid_short(z * -LOG2E)
+        s = sigmoid_short(z * -1.4426950408889634)
         return dy * (s + z * (s - s * s))
     elif ACT.name == "gelu" or ACT.name == "gelu_tanh":
         return dy * gelu_slope_short(z, ACT, OUT)
     elif ACT.name == "sigmoid":
-        s = sigmoid_short(z * -LOG2E)
+        s = sigmoid_short(z * -1.4426950408889634)
         return dy * (s - s * s)
     elif ACT.name == "tanh":
-        s = reciprocal(0.5 + tl.exp2(z * (-2.0 * LOG2E) - 1.0))  # 1 + tanh(z)
+        s = reciprocal(0.5 + tl.exp2(z * (-2.0 * 1.4426950408889634) - 1.0))  # 1 + tanh(z)
         return dy * (s * (2.0 - s))
     elif ACT.name == "mish":
         n, p, r = mish_short(z)
@@ -224,7 +223,7 @@ def gradient_short(dy, z, ACT: tl.constexpr, OUT: tl.constexpr):
     else:
         tl.static_assert(ACT.name == "softplus")
         u = z * ACT.a
-        g = dy * sigmoid_short(u * -LOG2E)
+        g = dy * sigmoid_short(u * -1.4426950408889634)
         return g if ACT.b >= 10.0 else tl.where(u > ACT.b, dy, g)
 
 
