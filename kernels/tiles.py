@@ -290,7 +290,7 @@ def fold(v, T: tl.constexpr):
     if T.GROUP == 1:
         return tl.sum(tl.ravel(rounded(v)), 0, keep_dims=True)
     else:
-        return fold_parts(v[None, :, :], 1, T)
+        return fold_parts(tl.reshape(v, [1, T.BLOCK_L, T.BLOCK_R]), 1, T)
 
 
 @triton.jit
