@@ -44,9 +44,7 @@ def program_statistics(x_ptr, group, t0, t1, R, C, width, T: tl.constexpr):
     k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # an infinite mean must come out as inf, not as inf - inf
     shift = spread(k, T)
     s = within(x - shift, mask, group, t0, R, width, T)  # [BLOCK_L, BLOCK_R] fp32
-    q = tl.fma(
-        s, s, tl.zeros_like(s)
-    )  # rounded: a sum over threads that took the product as it is would differ in each
+    q = s * s
     if not T.ONCE:
         UNROLL: tl.constexpr = 2 if T.STAGES == 1 else 1  # four loads in flight, or through shared memory more
         for t in tl.range(t0 + 1, t1, num_stages=T.STAGES, loop_unroll_factor=UNROLL):

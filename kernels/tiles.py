@@ -19,7 +19,8 @@ import triton.language as tl
 
 def compiles_for_cuda(_semantic=None):
     """Whether what calls it is being compiled for CUDA, not for another GPU or run by the interpreter; a constant."""
-    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
+    options = getattr(getattr(_semantic, "builder", None), "options", None)
+    return tl.constexpr(getattr(options, "backend_name", None) == "cuda")  # a name of Triton's own: without it, False
 
 
 compiles_for_cuda.__triton_builtin__ = True  # it is given _semantic then, as functions of triton.language are

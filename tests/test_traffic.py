@@ -185,3 +185,13 @@ def test_each_path_moves_the_bytes_of_its_class(
         assert backward[0] == floor_bytes(plan, operands) + again == bytes_moved(plan, operands)
     if CHOICES[name].path == "cooperative":
         assert plan.tile.ONCE
+
+
+def test_tiles_that_have_no_lane_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block of an odd plane's lanes is beyond some channels' ends."""
+    x = torch.empty(2, 8, 639, dtype=torch.bfloat16)
+    with on("cooperative", monkeypatch):
+        plan = planning.plan_for("forward", x)
+    assert plan.tile.ALIGN > 1
+    assert plan.reduce_tiles == 1
+    assert bytes_moved(plan, Operands()) == 2 * x.nbytes

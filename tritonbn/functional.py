@@ -284,19 +284,24 @@ def _fit(training: Any, tensors: Tensors, momentum: Any, eps: Any) -> bool:
 
 
 def _share(one: Tensors, other: Tensors) -> bool:
-    """Whether both have statistics, or a counter, in one place."""
+    """Whether both have statistics, or a counter, in one place: one tensor, or views that overlap."""
     mine, theirs = ([t for t in (*tensors[1:3], tensors[6]) if isinstance(t, Tensor)] for tensors in (one, other))
-    return any(a is b or _overlap(a, b) for a in mine for b in theirs)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether they may have memory in common."""
+    if any(a is b for a in mine for b in theirs):
+        return True
     if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
-        return False
+        return False  # there are no addresses
     try:
-        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
-    except (NotImplementedError, RuntimeError):  # no storage
+        spans = [[_span(t) for t in tensors] for tensors in (mine, theirs)]
+    except (NotImplementedError, RuntimeError):
         return False
+    return any(start < stop and first < end for start, end in spans[0] for first, stop in spans[1])
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses from its first to behind its last element; none on "meta"."""
+    start = t.data_ptr()
+    elements = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return start, start + elements * t.element_size() * (start != 0)
 
 
 def _of_symbols(tensors: Tensors, training: bool) -> Call:

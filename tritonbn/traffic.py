@@ -118,7 +118,7 @@ def _again(plan: Plan) -> tuple[int, int]:
             lane = first % blocks * tile.BLOCK_L
             last = min(lane + tile.BLOCK_L, S + tile.ALIGN - 1)
             leads = [c * S % tile.ALIGN for c in range(C)]
-            values -= rows * sum(min(last - lead, S) - max(lane - lead, 0) for lead in leads)
+            values -= rows * sum(max(0, min(last - lead, S) - max(lane - lead, 0)) for lead in leads)
             bits -= rows * C * -(-(last - lane) // 8)
         else:
             values -= _values(plan) // plan.rows * rows
